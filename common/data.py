@@ -1,0 +1,164 @@
+"""A data set is one uint8 tensor on the device: no workers, no queue; a batch is an index."""
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from common import assets
+from common.run import BadInput, mix
+
+NATIVE = dict(digits=8, mnist=32, fashion_mnist=32, cifar10=32)     # name -> pixels a side
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass
+class Data:
+    name: str                 # digits, cifar10, ..., or that of the folder or file
+    images: torch.Tensor      # uint8 [N, C, H, W] on the device, channels_last
+    labels: torch.Tensor      # int64 [N] on the device, zeros if there are none
+    classes: int              # number of classes, 0 without labels
+
+    def batch(self, it, n, seed=0, flip=False, part=0, parts=1):
+        """Images [n/parts, C, H, W] in [-1, 1] and labels [n/parts]: slice `part` of step `it`.
+
+        The step takes images [it n, (it + 1) n) of an endless sequence of shuffled epochs. They
+        and their flips follow from (seed, it), whatever `parts` (ranks x --accum) is."""
+        size, device, count = len(self.images), self.images.device, n // parts
+        start = it * n + part * count                                 # place in the sequence
+        epochs = range(start // size, (start + count - 1) // size + 1)
+        i = torch.cat([shuffled(size, seed, e, device) for e in epochs])[start % size:][:count]
+        x = self.images[i]
+        if flip:
+            heads = torch.rand(n, generator=generator(seed, 1, it))[part * count:][:count] < 0.5
+            heads = heads.view(-1, 1, 1, 1).to(device, non_blocking=True)       # no host sync
+            x = torch.where(heads, x.flip(-1), x)
+        return x.float() / 127.5 - 1, self.labels[i]
+
+    @property
+    def sha256(self):
+        """Of the bytes of images [N, H, W, C] and labels: what config.json knows the data by."""
+        images = self.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return hashlib.sha256(images.tobytes() + self.labels.cpu().numpy().tobytes()).hexdigest()
+
+
+@lru_cache(maxsize=2)         # a step may straddle two epochs
+def shuffled(size, seed, epoch, device):
+    return torch.randperm(size, generator=generator(seed, 0, epoch)).to(device)
+
+
+def generator(*numbers):
+    return torch.Generator().manual_seed(mix(*numbers))               # not the global one
+
+
+# ---- reading -------------------------------------------------------------------------------------
+def load(name, data_dir="data", size=0, device="cpu"):
+    """The data set `name`: digits | mnist | fashion_mnist | cifar10 | a folder of images | a .npz.
+
+    Downloads stay in `data_dir`. `size` (pixels a side, 0 = 32) is for folders. Raises BadInput."""
+    path = Path(name).expanduser()
+    if name in NATIVE:
+        check_size(name, size, NATIVE[name])                          # before the download
+        images, labels = named(name, data_dir)
+    elif path.is_dir():
+        images, labels = from_folder(path, size or 32)
+        name = path.resolve().name
+    elif path.is_file() and path.suffix == ".npz":
+        images, labels = from_npz(path)
+        check_size(name, size, images.shape[1])
+        name = path.stem
+    else:
+        raise BadInput(f"--dataset {name}: no such folder of images or .npz file, and not one of "
+                       + ", ".join(NATIVE))
+    classes = 0 if labels is None else int(labels.max()) + 1
+    labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)             # as a view: channels_last
+    return Data(name, images.to(device), labels.to(device, torch.int64), classes)
+
+
+def check_size(name, size, native):
+    if size not in (0, native):
+        raise BadInput(f"{name} has {native} pixels a side, not {size}; leave the size out")
+
+
+def named(name, data_dir):
+    """uint8 [N, H, W, C], labels [N]; black edges bring MNIST's 28 pixels to 32."""
+    if name == "digits":
+        return from_npz(Path(__file__).with_name("digits.npz"))
+    images, labels = assets.dataset(name, data_dir)
+    edge = (NATIVE[name] - images.shape[1]) // 2
+    return np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0))), labels
+
+
+def from_npz(file):
+    """uint8 [N, H, W, C], labels [N] or None. Raises BadInput."""
+    try:
+        with np.load(file, allow_pickle=False) as z:
+            images, labels = z["images"], z["labels"] if "labels" in z else None
+        shape = images.shape
+        if images.ndim == 3:
+            images = images[..., None]
+        elif shape[3] not in (1, 3):
+            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        n, h, w, c = images.shape
+        if images.dtype != np.uint8 or n == 0 or h != w or c not in (1, 3):
+            raise ValueError(f"images are {images.dtype} {shape}")
+        if labels is not None and (labels.shape != (n,) or labels.dtype.kind not in "iu"
+                                   or labels.min() < 0):
+            raise ValueError(f"labels are {labels.dtype} {labels.shape} for {n} images")
+    except Exception as error:                                        # zip, zlib, numpy, ours
+        raise BadInput(f"{file}: {assets.brief(error)}; expected square images, uint8 [N,H,W], "
+                       "[N,H,W,C] or [N,C,H,W], C 1 or 3, and labels, if any, integers [N] from 0")
+    return images, labels
+
+
+def from_folder(folder, size):
+    """uint8 [N, size, size, C] from all files below, hidden ones apart; labels [N] or None.
+
+    The folders of the first level, sorted, are the classes. C is 1 if all images are grey, else 3.
+    Raises BadInput, for broken images with the names of the first."""
+    found = glob("**/*", root_dir=folder, recursive=True)             # rglob skips links
+    files = sorted(f for f in found if f.lower().endswith(ENDINGS))
+    if not files:
+        raise BadInput(f"{folder}: no images there ({' '.join(ENDINGS)})")
+    tops = [Path(f).parts[0] if Path(f).name != f else "" for f in files]
+    names, labels = np.unique(tops, return_inverse=True)
+    if "" in names and len(names) > 1:
+        raise BadInput(f"{folder}: {files[tops.index('')]} lies beside folders; sort all images "
+                       "into folders, which are the classes, or none")
+    images = np.empty((len(files), size, size, 3), np.uint8)
+
+    def read(i):
+        try:
+            images[i], grey = decode(folder / files[i], size)
+            return grey, ""
+        except Exception as error:                                    # any decoder's
+            return False, f"{files[i]} ({type(error).__name__})"
+
+    with ThreadPoolExecutor() as pool:                                # Pillow releases the GIL
+        grey, bad = zip(*pool.map(read, range(len(files))))
+    bad = list(filter(None, bad))
+    if bad:
+        raise BadInput(f"{folder}: {len(bad)} of {len(files)} images are broken; remove or replace "
+                       + ", ".join(bad[:3]) + ", .." * (len(bad) > 3))
+    return images[..., :1] if all(grey) else images, None if "" in names else labels
+
+
+def decode(file, size):
+    """The centre square of an image file, uint8 [size, size, 3], and whether it is grey."""
+    with Image.open(file) as im:
+        im = ImageOps.exif_transpose(im)                              # phones store turned pixels
+    if im.mode.startswith("I"):                                       # 16 bits: convert() clips
+        im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
+    grey = im.mode in ("1", "L", "LA")
+    if im.has_transparency_data:
+        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
+    side = min(im.size)
+    left, top = (im.width - side) // 2, (im.height - side) // 2
+    im = im.convert("RGB").crop((left, top, left + side, top + side))
+    return np.asarray(im.resize((size, size), Image.LANCZOS)), grey

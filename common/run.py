@@ -1,0 +1,539 @@
+"""What a training script needs that is not mathematics: flags, ranks, seeds, run folder, log, checkpoint, signals.
+Nothing in here knows which method is running."""
+import argparse, atexit, dataclasses, difflib, glob, hashlib, inspect, json, math, os, re
+import shutil, signal, subprocess, sys, time
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+from common.fid import fd_pixels, quantise
+
+ROOT = Path(__file__).resolve().parent.parent
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
+MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
+              "device", "data_dir", "out", "resume"}            # on resume; the rest defines the run
+FD_IMAGES = 2048                                                # at most, for fd_pixels
+EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
+
+
+class BadInput(SystemExit):
+    """The user's mistake: one line on stderr that says what to do, exit status 2."""
+    def __init__(self, message):
+        super().__init__(2)
+        self.message = message
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {message}", file=sys.stderr)
+
+
+def say(text):
+    """A line on stdout, from the first rank only; it does not break a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+
+
+def mix(*ints):
+    """One 63-bit seed from several integers; neighbouring inputs give unrelated seeds."""
+    digest = hashlib.blake2b(repr(ints).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        raise BadInput(f"{message} ({f'did you mean {close[0]}?' if close else '-h lists the flags'})")
+
+
+def parse(cls, presets, argv=None):
+    """The flags of `argv` as a `cls`: explicit flag > resumed run's config > preset > default of `cls`.
+
+    A field's default gives the type, its trailing comment the help. Raises BadInput."""
+    source = inspect.getsource(cls)
+    ap = Parser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                argument_default=argparse.SUPPRESS, description=sys.modules[cls.__module__].__doc__)
+    for f in dataclasses.fields(cls):
+        note = re.search(rf"^    {f.name}:.*?  #\s*(.*)$", source, re.M)
+        text = f"{note[1] if note else ''} [{f.default}]".replace("%", "%%")
+        if isinstance(f.default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)            # --bf16 / --no-bf16
+        elif get_origin(f.type) is Literal:
+            kind = dict(choices=get_args(f.type))
+        elif isinstance(f.default, tuple):
+            kind = dict(type=integers, metavar="N,N,..")
+        else:
+            kind = dict(type=type(f.default), metavar=type(f.default).__name__)
+        ap.add_argument(*dict.fromkeys(["--" + f.name.replace("_", "-"), "--" + f.name]), help=text, **kind)
+    given = vars(ap.parse_args(argv))
+    if given.get("resume"):
+        return resumed(cls, given)
+    args = cls()
+    dataset, preset = given.get("dataset", args.dataset), given.get("preset", args.preset)
+    if dataset == "digits":
+        if preset != "auto":
+            raise BadInput("the digits have one preset; leave --preset out")
+        chosen, why = presets["digits"], "digits"
+    else:
+        if preset == "auto":
+            cuda = given.get("device", args.device) in ("auto", "cuda") and torch.cuda.is_available()
+            preset = "small" if not cuda else "fast" if "fast" in presets else "paper"
+        if preset not in presets:
+            raise BadInput(f"there is no --preset {preset} here; take one of {', '.join(presets)}")
+        data = presets.get(dataset if dataset in DATASETS else "folder", {})
+        chosen, why = presets[preset] | data | dict(preset=preset), preset
+    chosen = dict(chosen)
+    cost = chosen.pop("cost", None)
+    if cost:
+        say(f"preset {why}: {cost}")
+    return cls(**chosen | given)
+
+
+def integers(text):
+    return tuple(int(s) for s in text.replace(",", " ").split())
+
+
+def resumed(cls, given):
+    old = config_of(given["resume"])
+    if old["about"]["script"] != script(inspect.getfile(cls)):
+        raise BadInput(f"{given['resume']} was made by {old['about']['script']}; resume it with that")
+    old = {f.name: old[f.name] for f in dataclasses.fields(cls) if f.name in old}
+    wrong = [k for k, v in given.items() if k not in MAY_CHANGE and v != old.get(k)]
+    if wrong:
+        flag = wrong[0].replace("_", "-")
+        raise BadInput(f"--{flag} defines the run and cannot change on --resume; start a new run instead")
+    return cls(**old | given)
+
+
+def script(file):
+    """Path of a script -> the name to import it by: ect, common.teacher."""
+    return ".".join(Path(file).resolve().relative_to(ROOT).with_suffix("").parts)
+
+
+# ---- noise of the evaluation ---------------------------------------------------------------------
+def noise_of(ids, k, shape, device, seed=0):
+    """Standard normal noise [k, len(ids), *shape]: image i depends on (seed, i) alone, not on its batch, its rank or
+    the device, and its first slice not on k. float64 where the device has it."""
+    def one(i):
+        g = torch.Generator().manual_seed(mix(seed, int(i)))
+        return torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(k)])
+    wide = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    return torch.stack([one(i) for i in ids], 1).to(wide).to(device)
+
+
+def picture(images, cols=0):
+    """uint8 [N, C, H, W] -> one PIL image, `cols` to a row; small images are enlarged without smoothing."""
+    n, c, h, w = images.shape
+    cols = min(cols or math.ceil(n**0.5), n)
+    rows, zoom = math.ceil(n / cols), max(1, 32 // h)
+    sheet = torch.full((rows * cols, c, h, w), 255, dtype=torch.uint8)
+    sheet[:n] = images.cpu()
+    sheet = sheet.expand(-1, 3, -1, -1).reshape(rows, cols, 3, h, w).permute(0, 3, 1, 4, 2)
+    sheet = sheet.reshape(rows * h, cols * w, 3).numpy()
+    return Image.fromarray(np.ascontiguousarray(sheet.repeat(zoom, 0).repeat(zoom, 1)))
+
+
+# ---- one run -------------------------------------------------------------------------------------
+class Run:
+    """runs/<method>-<dataset>-<nnn>/: config.json log.jsonl eval.jsonl ckpt.pt ckpt.prev.pt samples/ source/"""
+
+    def __init__(self, args, file):
+        dev = args.device
+        if dev == "auto":
+            dev = "cuda" if torch.cuda.is_available() else "cpu"
+        if dev == "cuda" and not torch.cuda.is_available():
+            raise BadInput("--device cuda: no CUDA device here; leave --device out")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device(f"cuda:{local}" if dev == "cuda" else dev)
+        if dev == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")          # TF32
+        if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+            dist.init_process_group("nccl" if dev == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.args, self.file, self.signum, self.skips = args, file, 0, 0
+        self.evaluating, self.evaluated = False, -1             # now; the last step that was
+        self.check(args)
+
+    def check(self, args):
+        """Bounds that no type expresses. Raises BadInput."""
+        parts, t_mid = self.world * args.accum, getattr(args, "t_mid", 1.0)
+        for ok, message in [
+            (args.steps >= 1, "--steps counts sampling steps; it must be at least 1"),
+            (args.iters >= 1, "--iters must be at least 1"),
+            (args.accum >= 1, "--accum must be at least 1"),
+            (args.batch >= 1 and args.batch % max(parts, 1) == 0,
+             f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}"),
+            (args.log_every >= 1 and args.save_every >= 1, "--log-every and --save-every must be at least 1"),
+            (args.grid >= 1, "--grid must be at least 1"),
+            (0 <= args.dropout < 1, "--dropout must be in [0, 1)"),
+            (args.lr > 0, "--lr must be positive"),
+            (args.warmup >= 0, "--warmup must be 0 or more"),
+            (not (args.shard and self.world == 1), "--shard needs several ranks; start with torchrun"),
+            (0 < t_mid < getattr(args, "t_max", math.inf), "--t-mid must lie between 0 and --t-max"),
+        ]:
+            if not ok:
+                raise BadInput(message)
+
+    # -- randomness
+    def seed(self, it, part=0, stream=0):
+        """Everything random in step `it` follows from (seed, rank, it, part): a resumed run draws the same numbers,
+        and a dropout mask can be replayed. `stream` keeps uses apart (0 noise, 1 dropout), so that a mask never
+        reuses the numbers of the noise. A negative `it` is the same on every rank."""
+        torch.manual_seed(mix(self.args.seed, self.rank if it >= 0 else -1, it, part, stream))
+
+    def batch(self, data, it, part=0):
+        """This rank's images x0 [b,C,H,W] in [-1, 1] and labels [b] (None without --cond) of step `it`."""
+        a = self.args
+        x0, y = data.batch(it, a.batch, seed=a.seed, flip=a.flip,
+                           part=self.rank * a.accum + part, parts=self.world * a.accum)
+        return x0, y if a.cond else None
+
+    # -- start
+    def place(self, net):
+        """Move a network to the device; with --shard, split its weights over the ranks (FSDP2)."""
+        net = net.to(self.device, memory_format=torch.channels_last)
+        if self.args.shard:
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            for block in [m for m in net.modules() if type(m).__name__.endswith("Block")]:
+                fully_shard(block, mesh=mesh)
+            fully_shard(net, mesh=mesh)
+        return net
+
+    def start(self, state, data):
+        """Create the run folder, or restore `state` ({name: module or optimiser}) from it with --resume; return the
+        step to go on from. From here on Ctrl-C and SIGTERM finish the step and save."""
+        a, net = self.args, state["net"]
+        name = [None if a.resume else self.new_folder(data.name)]
+        if self.world > 1:
+            dist.broadcast_object_list(name)                    # rank 0 chose it
+        self.dir = Path(a.resume or name[0])
+        it = self.restore(state) if a.resume else 0
+        if self.rank == 0:
+            self.write_config(data)
+        self.began, self.start_it, self.logged = time.time(), it, (time.time(), it)
+        self.reset()
+        self.before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        size = "x".join(map(str, data.images.shape[1:]))
+        count, words = sum(p.numel() for p in net.parameters()), str(self.device)
+        if self.device.type == "cuda":
+            words = torch.cuda.get_device_name(self.device)
+        elif self.device.type == "cpu":
+            words = f"cpu, {torch.get_num_threads()} threads"
+        say(f"{self.dir}: {a.net} with {count / 1e6:.2f} M parameters on {words} x {self.world}; "
+            f"{data.name}, {len(data.images):,} images {size}\n"
+            f"  {a.iters - it:,} steps x {a.batch} = {(a.iters - it) * a.batch / 1e6:.3g} M images to go")
+        self.bar = tqdm(total=a.iters, initial=it, disable=self.rank != 0, dynamic_ncols=True,
+                        desc=self.dir.name, mininterval=0.5)
+        return it
+
+    def new_folder(self, dataset):
+        stem = f"{Path(self.file).stem}-{dataset}"
+        taken = [int(p.name[len(stem) + 1:]) for p in numbered(self.args.out, stem)]
+        folder = Path(self.args.out) / f"{stem}-{max(taken, default=-1) + 1:03d}"
+        if self.rank == 0:
+            try:
+                (folder / "samples").mkdir(parents=True)
+            except OSError as e:
+                raise BadInput(f"--out {self.args.out}: {e.strerror}; name a folder that can be written")
+        return str(folder)
+
+    def write_config(self, data):
+        here = Path(self.file).resolve()
+        about = dict(script=script(self.file), argv=sys.argv, commit=commit(), torch=torch.__version__,
+                     ranks=self.world, device=str(self.device), images=list(data.images.shape),
+                     data_sha256=data.sha256, classes=data.classes)
+        if self.device.type == "cuda":
+            about["device"] = torch.cuda.get_device_name(self.device)
+        flags = dataclasses.asdict(self.args) | dict(resume="")
+        (self.dir / "config.tmp").write_text(json.dumps(flags | dict(about=about), indent=1), encoding="utf-8")
+        os.replace(self.dir / "config.tmp", self.dir / "config.json")
+        if not (self.dir / "source").exists():
+            skip = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / "common", self.dir / "source/common", ignore=skip)
+            shutil.copy(here, self.dir / "source" / here.relative_to(ROOT))
+
+    def on_signal(self, signum, frame):
+        self.signum = signum
+        for s in self.before:
+            signal.signal(s, signal.SIG_DFL)                    # the second one leaves at once
+        if self.evaluating:                                     # everything is saved by then
+            raise SystemExit(128 + signum)
+
+    # -- each step
+    def count(self, stats):
+        """Add up per-sample `t` and `loss` [b] in 8 bins of the noise level, and any scalars, on the device."""
+        stats = {k: v.detach().flatten() if torch.is_tensor(v) else torch.tensor([float(v)], device=self.device)
+                 for k, v in stats.items()}
+        t, loss = stats.pop("t"), stats.pop("loss").float()
+        bins = torch.bucketize(t.float(), self.edges)
+        self.sums.index_add_(0, bins, loss)
+        self.counts.index_add_(0, bins, torch.ones_like(loss))
+        self.step += loss.sum()
+        self.levels.append((t, loss))
+        for k, v in stats.items():
+            s = self.scalars.setdefault(k, torch.zeros(2, device=self.device))
+            s += torch.stack([v.float().mean(), torch.ones((), device=self.device)])
+
+    def reset(self):
+        self.edges = torch.tensor(EDGES, device=self.device)
+        self.sums, self.counts = torch.zeros(2, 8, device=self.device)
+        self.step, self.levels, self.scalars = torch.zeros((), device=self.device), [], {}
+
+    def sync(self, opt, it):
+        """Average the gradients of the optimiser's parameters over the ranks, in one flat all-reduce.
+
+        False if a loss or gradient of any rank is not finite: the caller skips the update, and after --max-skips
+        such steps this raises FloatingPointError on all ranks. DistributedDataParallel is not used: its hooks are
+        skipped without a message when the module underneath is called or differentiated forward."""
+        grads = [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        bad = ~(torch.stack(torch._foreach_norm(local)).sum() + self.step).isfinite()
+        own = torch.stack([bad.float(), torch.full_like(self.step, self.signum != 0)])
+        flags = own
+        if self.world > 1:
+            if self.args.shard:                                 # FSDP2 has averaged them already
+                dist.all_reduce(flags := own.clone())
+            else:
+                flat = torch.cat([g.flatten() for g in grads] + [own])
+                dist.all_reduce(flat)
+                *means, flags = (flat / self.world).split([g.numel() for g in grads] + [2])
+                torch._foreach_copy_(grads, [m.view_as(g) for m, g in zip(means, grads)])
+        bad, stop = (flags > 0).tolist()                        # the one host read of a step
+        if stop:
+            self.signum = self.signum or signal.SIGTERM
+        if bad:
+            self.skip(it, own[0] > 0)
+        self.step, self.levels = torch.zeros_like(self.step), []
+        return not bad
+
+    def skip(self, it, mine):
+        t, loss = (torch.cat(v).cpu() for v in zip(*self.levels))
+        worst = t[~loss.isfinite()] if not loss.isfinite().all() else t
+        text = (f"step {it}, seed {self.args.seed}, rank {self.rank}: "
+                f"{'gradient' if loss.isfinite().all() else 'loss'} not finite, "
+                f"noise levels {worst.min():.4g} .. {worst.max():.4g} ({len(worst)} of {len(t)} images)")
+        if not mine:
+            text = f"step {it}, seed {self.args.seed}: not finite on another rank, which says where"
+        self.skips += 1
+        if self.skips > self.args.max_skips:
+            self.close()
+            raise FloatingPointError(f"{text}; nothing was saved from this step (--max-skips allows some)")
+        tqdm.write(f"{text}; skipped", file=sys.stderr)
+        self.reset()                                            # or the averages of the log stay NaN
+
+    def log(self, it, **values):
+        """Advance the bar; every --log-every steps write one line, averaged over steps and ranks, to log.jsonl."""
+        self.bar.update()
+        if it == self.start_it + 20:
+            left = (time.time() - self.began) / 20 * (self.args.iters - it)
+            end = time.strftime("%H:%M", time.localtime(time.time() + left))
+            say(f"  expected end of training: {end}, in {left / 60:.0f} min, evaluation not counted")
+        if it % self.args.log_every and it != self.args.iters:
+            return
+        names = list(self.scalars)
+        v = torch.cat([self.sums, self.counts] + [self.scalars[k] for k in names])
+        if self.world > 1:
+            dist.all_reduce(v)
+        v, now = v.tolist(), time.time()
+        speed = (it - self.logged[1]) * self.args.batch / (now - self.logged[0])
+        line = dict(it=it, sec=round(now - self.began, 2), loss=sum(v[:8]) / max(sum(v[8:16]), 1), **values)
+        line |= {k: v[16 + 2 * i] / v[17 + 2 * i] for i, k in enumerate(names)}
+        line |= {f"loss_t{i}": s / n for i, (s, n) in enumerate(zip(v[:8], v[8:16])) if n}
+        line |= dict(img_s=round(speed, 1), mem_gb=round(memory(self.device), 3))
+        self.append("log.jsonl", line)
+        self.bar.set_postfix(loss=f"{line['loss']:.4g}", img_s=f"{speed:.0f}", GB=f"{line['mem_gb']:.2f}")
+        self.logged = (now, it)
+        self.sums.zero_(), self.counts.zero_(), self.scalars.clear()
+
+    def append(self, name, line):
+        if self.rank == 0:
+            with open(self.dir / name, "a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+
+    # -- checkpoints
+    def due(self, it):
+        return it % self.args.save_every == 0 or it == self.args.iters or self.signum != 0
+
+    def save(self, it, state):
+        """Write ckpt.pt so that a kill at any moment leaves a loadable run, then obey a signal, if there was one."""
+        ckpt = {k: full(v.state_dict()) for k, v in state.items()}        # all ranks take part in gathering
+        if self.rank == 0:
+            ckpt |= dict(it=it, config=dataclasses.asdict(self.args), model=state["net"].spec)
+            tmp, new, old = (self.dir / f"ckpt.{x}" for x in ("tmp", "pt", "prev.pt"))
+            try:
+                with open(tmp, "wb") as f:
+                    torch.save(ckpt, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+            except BaseException:                               # a full disk leaves the old checkpoint
+                tmp.unlink(missing_ok=True)
+                raise
+            if new.exists():
+                os.replace(new, old)
+            os.replace(tmp, new)
+            if self.args.keep:
+                shutil.copy(new, self.dir / f"ckpt-{it:07d}.pt")
+        if self.signum:
+            self.close()
+            say(f"stopped by a signal after step {it}, saved; go on with --resume {self.dir}")
+            raise SystemExit(128 + self.signum)
+
+    def restore(self, state):
+        ckpt = load_checkpoint(self.dir, self.device)
+        for k, v in state.items():
+            v.load_state_dict(shard_like(ckpt[k], v) if self.args.shard else ckpt[k])
+        return ckpt["it"]
+
+    # -- evaluation
+    def generate(self, data, n, k, draw):
+        """n images, uint8 [n,C,H,W], of `draw(noise, y)`, the work shared by the ranks, the result on all."""
+        ids = torch.arange(self.rank, n + -n % self.world, self.world)    # equal shares: sharded calls must pair up
+        out = []
+        for i in ids.split(256):
+            y = (i % data.classes).to(self.device) if self.args.cond else None
+            out.append(quantise(draw(noise_of(i, k, data.images.shape[1:], self.device), y)))
+        out = torch.cat(out)
+        if self.world > 1:
+            parts = [torch.empty_like(out) for _ in range(self.world)]
+            dist.all_gather(parts, out)
+            out = torch.stack(parts, 1).flatten(0, 1)
+        return out[:n].cpu()
+
+    def evaluate(self, it, data, draw, net="ema", steps=None):
+        """Draw a grid and measure fd_pixels for 1 and for --steps sampling steps (or `steps` alone); `draw(noise, y)`
+        turns noise [k,b,C,H,W] into images. The noise is the same at every step of training and in every run."""
+        self.evaluating, n = True, min(len(data.images), FD_IMAGES)
+        g = torch.Generator().manual_seed(0)
+        real = data.images[torch.randperm(len(data.images), generator=g)[:n].to(self.device)]
+        for k in [steps] if steps else sorted({1, self.args.steps}):
+            began = time.time()
+            fake = self.generate(data, max(n, self.args.grid), 1 if net == "teacher" else k, draw)
+            if self.rank == 0:
+                cols = data.classes if self.args.cond else 0
+                name = f"{it:07d}_{'teacher' if net == 'teacher' else f'{k}step'}.png"
+                picture(fake[:self.args.grid], cols).save(self.dir / "samples" / name)
+                t_mid = getattr(self.args, "t_mid", None) if k > 1 and net != "teacher" else None
+                self.append("eval.jsonl", dict(
+                    it=it, metric="fd_pixels", value=round(fd_pixels(real, fake[:n]), 4), n=n, net=net, steps=k,
+                    t_mid=t_mid, mode="8x8", seed=0, sec=round(time.time() - began, 2)))
+        self.evaluating, self.evaluated = False, it
+
+    def adopt(self, teacher):
+        """Show the teacher's last figure and grid beside this run's own."""
+        if self.rank == 0 and teacher is not None:
+            folder = teacher.folder
+            lines = [s for s in figures(folder) if s["net"] == "teacher"]
+            for line in lines[-1:]:
+                self.append("eval.jsonl", line | dict(it=0))
+                grid = folder / "samples" / f"{line['it']:07d}_teacher.png"
+                if grid.exists():
+                    shutil.copy(grid, self.dir / "samples" / "0000000_teacher.png")
+
+    def finish(self, it, data, draw, **how):
+        """Evaluate once more if the last step was not, print the table, return {"fd_pixels_2step": value, ..}."""
+        self.close()
+        if self.evaluated != it:
+            self.evaluate(it, data, draw, **how)
+        if self.world > 1:
+            dist.barrier()                                      # rank 0 has written its lines
+        last = {(s["net"], s["steps"], s["t_mid"]): s for s in figures(self.dir)}
+        rows = {}
+        for (net, k, t_mid), s in sorted(last.items(), key=lambda x: (x[0][0] != "teacher", x[0][1])):
+            if net == "teacher" or k in (1, self.args.steps) and t_mid in (None, getattr(self.args, "t_mid", None)):
+                label = f"teacher, {k} Heun steps" if net == "teacher" else f"{k} step{'s' * (k > 1)}"
+                rows[label + (f", t_mid {t_mid:g}" if t_mid else "")] = (net, k, s)
+        say(f"\n{'FD (pixels), n = ' + str(s['n']):36}  lower is better")
+        for label, (net, k, s) in rows.items():
+            say(f"  {label:36}{s['value']:.3f}")
+        say(f"grids in {self.dir / 'samples'}, checkpoint {self.dir / 'ckpt.pt'}")
+        return dict(run=str(self.dir)) | {f"{s['metric']}_{'teacher' if net == 'teacher' else f'{k}step'}": s["value"] for net, k, s in rows.values()}
+
+    def close(self):
+        self.bar.close()
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def numbered(out, stem):
+    """The run folders <out>/<stem>-<nnn>, oldest first."""
+    found = [p for p in Path(out).glob(glob.escape(stem) + "-*") if p.name[len(stem) + 1:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[len(stem) + 1:]))
+
+
+def config_of(folder):
+    """The flags of a run folder, with `about`. Raises BadInput."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise BadInput(f"{folder} is no run folder: it has no config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+
+
+def figures(folder):
+    path = Path(folder) / "eval.jsonl"
+    return [json.loads(s) for s in path.read_text().splitlines()] if path.exists() else []
+
+
+def full(tree):
+    """Gather every sharded tensor of a state dict: one checkpoint format, sharded run or not."""
+    if isinstance(tree, dict):
+        return {k: full(v) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [full(v) for v in tree]
+    return tree.full_tensor().cpu() if isinstance(tree, DTensor) else tree
+
+
+def shard_like(saved, owner):
+    """The inverse of `full`: split the saved tensors as those of `owner`, a sharded module or its optimiser, are."""
+    def split(v, p):
+        same = isinstance(p, DTensor) and torch.is_tensor(v) and v.shape == p.shape
+        return distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if same else v
+    if isinstance(owner, torch.nn.Module):
+        now = owner.state_dict()
+        return {k: split(v, now[k]) for k, v in saved.items()}
+    params = [p for g in owner.param_groups for p in g["params"]]
+    return saved | dict(state={i: {k: split(v, params[i]) for k, v in s.items()} for i, s in saved["state"].items()})
+
+
+def load_checkpoint(path, device="cpu"):
+    """The newest readable checkpoint of a run folder, or a checkpoint file; raises BadInput if there is none."""
+    path = Path(path)
+    files = [path / "ckpt.pt", path / "ckpt.prev.pt"] if path.is_dir() else [path]
+    for f in files:
+        try:
+            return torch.load(f, map_location=device, weights_only=True)
+        except FileNotFoundError:
+            continue
+        except Exception as e:                                  # torch raises many kinds for a damaged file
+            say(f"{f} cannot be read ({type(e).__name__}); trying the checkpoint before it")
+    raise BadInput(f"no readable checkpoint in {path}; name a run folder or a ckpt.pt")
+
+
+def memory(device):
+    """Peak memory of this process in GB: of the GPU if there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource                                         # not on Windows
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def commit():
+    try:
+        cmd = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        return subprocess.check_output(cmd, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

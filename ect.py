@@ -1,0 +1,190 @@
+"""
+ect.py: Easy Consistency Tuning.    Geng et al. 2024, arXiv:2406.14548.
+
+Idea    A diffusion model is already a consistency model for pairs (t, r = 0). Start from one and let
+        r grow towards t: each stage of the curriculum shrinks the gap t - r by a factor q. No grid
+        of noise levels, no teacher in the loss, no moving target: the network is its own target.
+
+One training step
+    t       ~  lognormal(P_mean, P_std)                # continuous noise level       [Sec. 3.2]
+    gap     <- t * min(1, n(t) / q^a),  r = t - gap    # n(t) = 1 + k*sigmoid(-b*t)
+                                                       # a = 1 + it // double
+    f_t     =  f(x0 + t*eps, t)                        # gradient flows here
+    f_r     =  f(x0 + r*eps, r), no gradient           # same weights, eps and dropout mask;
+                                                       # f_r = x0 where r = 0
+    loss    =  d(f_t, f_r) / gap                       # d = sqrt(|f_t - f_r|^2 + c^2) - c
+
+Deviations from the paper
+    a counts from 1, as in the authors' code: a = 0 is diffusion training, which the teacher has done.
+    One network in training and sampling: f(x, 0) = x. The authors' code shifts the boundary to 0.003
+    when it samples (under 0.6% in the coefficients at t = 0.821).
+    The decay of the averaged weights ramps up in the first steps; the authors' code keeps it constant.
+    Small data (digits, mnist, small) starts at a narrower gap and lasts minutes: see PRESETS.
+
+Read next: common/teacher.py, the diffusion model it starts from.
+"""
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from common import teacher as teachers
+from common.data import load
+from common.precond import EDM, backbone
+from common.run import Run, parse
+
+
+# ==== 1. Arguments ================================================================================
+@dataclass
+class Args:
+    # --- the run (the same in every file)
+    dataset: str = "digits"           # digits | mnist | fashion_mnist | cifar10 | a folder | a .npz
+    data_dir: str = "data"            # where downloads are kept
+    out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
+    resume: str = ""                  # go on with this run folder; a finished one is only sampled
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without CUDA, else fast
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
+    seed: int = 0                     # everything random follows from (seed, rank, step)
+    cond: bool = False                # condition on the class label
+    size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
+    net: Literal["ddpmpp"] = "ddpmpp"  # network family
+    ch: int = 128                     # base width of the network
+    mult: tuple = (2, 2, 2)           # width of each resolution, times ch
+    blocks: int = 4                   # residual blocks per resolution
+    attn: tuple = (16,)               # image sizes at which there is attention
+    teacher: str = "auto"             # auto | train | none | run folder | checkpoint: where to start
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: its own preset
+    iters: int = 200_000              # optimiser steps
+    batch: int = 128                  # images per step, over all ranks
+    accum: int = 1                    # parts into which a rank's batch is split to save memory
+    lr: float = 1e-4                  # learning rate after warm-up
+    warmup: int = 0                   # steps of linear warm-up
+    ema: float = 0.9999               # decay of the averaged weights, which are the ones sampled
+    dropout: float = 0.2              # dropout inside the network
+    flip: bool = False                # random horizontal flips
+    bf16: bool = False                # bfloat16 activations; weights and loss stay float32
+    compile: bool = False             # torch.compile the network
+    shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
+    steps: int = 2                    # sampling steps
+    grid: int = 64                    # images in a sample grid
+    log_every: int = 100              # steps between log lines
+    save_every: int = 5_000           # steps between checkpoints, grids and figures
+    keep: bool = False                # keep every checkpoint, not only the last two
+    max_skips: int = 0                # steps that may be skipped because they are not finite
+    # --- the method (defaults: the authors' 200k-step recipe for CIFAR-10, run_ecm.sh)
+    q: float = 2.0                    # the gap shrinks by q ..
+    double: int = 25_000              # .. every so many steps
+    k: float = 8.0                    # n(t) = 1 + k * sigmoid(-b * t)
+    b: float = 1.0                    # see k
+    c: float = 0.0                    # pseudo-Huber constant; 0: the plain L2 norm
+    P_mean: float = -1.1              # mean of ln t
+    P_std: float = 2.0                # standard deviation of ln t
+    t_mid: float = 0.821              # noise level of the second sampling step
+    t_max: float = 80.0               # noise level of the first
+    sd: float = 0.5                   # standard deviation of the data, sigma_data
+
+
+PRESETS = {
+    "paper": dict(cost="200,000 steps, about 25 hours on one A100"),
+    # the authors' one-hour recipe, run_ecm_1hour.sh: the narrowest gap from the start
+    "fast": dict(cost="8,000 steps, about one hour on one A100", q=256.0, iters=8_000,
+                 double=10**9, ema=0.9993, save_every=2_000),
+    # ours: a network of 1 % of the size, for two CPU cores
+    "small": dict(cost="about half an hour on two CPU cores, teacher included", q=16.0, iters=1_000,
+                  double=500, batch=64, lr=5e-4, ema=0.99, dropout=0.0, ch=32, mult=(1, 2, 2),
+                  blocks=1, save_every=250),
+    "digits": dict(cost="about 6 minutes on two CPU cores, teacher included", q=16.0, iters=1_200,
+                   double=10**9, lr=5e-4, ema=0.99, dropout=0.0, ch=32, mult=(1, 2), blocks=2,
+                   attn=(4,), save_every=300, sd=0.75),
+}
+
+
+# ==== 2. Schedules ================================================================================
+def times(n, it, args, device):
+    """Draw n noise levels t and their gaps t - r, each [n, 1, 1, 1], 0 < gap <= t."""
+    t = (torch.randn(n, 1, 1, 1, device=device) * args.P_std + args.P_mean).exp()
+    n_t = 1 + args.k * torch.sigmoid(-args.b * t)
+    gap = t * (n_t / args.q ** (1 + it // args.double)).clamp(max=1)
+    return t, gap                     # the gap itself: t - r would lose digits when r is close to t
+
+
+# ==== 3. Loss =====================================================================================
+def loss_fn(net, x0, y, it, args, reseed):
+    t, gap = times(len(x0), it, args, x0.device)
+    r = t - gap
+    eps = torch.randn_like(x0)                            # one eps for both points: same path
+
+    reseed()                                              # same dropout mask in both calls
+    f_t = net(x0 + t * eps, t, y)
+    reseed()
+    with torch.no_grad():                                 # the target is a constant
+        f_r = net(x0 + r * eps, torch.where(r > 0, r, t), y)  # ln r is never taken at r = 0 ..
+        f_r = torch.where(r > 0, f_r, x0)                 # .. where f(x, 0) = x is known
+
+    d = ((f_t - f_r) ** 2).flatten(1).sum(1)              # squared distance per image [B]
+    d = (d + args.c**2).clamp(min=1e-24).sqrt() - args.c  # clamp: no NaN gradient at distance 0
+    loss = d / gap.flatten()
+    return loss.mean(), dict(t=t, loss=loss.detach(), gap=(gap / t).mean())
+
+
+# ==== 4. Sampling =================================================================================
+@torch.no_grad()
+def sample(net, noise, y, args):
+    """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
+    hi, lo, k = math.log10(args.t_max), math.log10(args.t_mid), len(noise)
+    ts = torch.logspace(hi, lo, k, dtype=noise.dtype, device=noise.device)
+    x = torch.zeros_like(noise[0])
+    for t, z in zip(ts, noise):                           # K = 1: t_max;  K = 2: t_max, t_mid
+        x = net(x + t * z, t.expand(len(z), 1, 1, 1), y)
+    return x.clamp(-1, 1)
+
+
+# ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
+def main(args):
+    """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
+    run = Run(args, __file__)                             # device and ranks; no file is written yet
+    data = load(args.dataset, args.data_dir, args.size, run.device)
+    teacher = teachers.get(args, data, run)               # *
+    run.seed(-1)                                          # negative: the same on every rank
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    net = EDM(backbone(args, data, teacher), args.sd, dtype=dtype)  # *
+    ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
+    net = run.place(net)
+    if args.compile:
+        net.compile()                                     # in place: both calls use it
+    opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)
+    state = dict(net=net, ema=ema, opt=opt)
+    draw = lambda noise, y: sample(ema, noise, y, args)
+
+    it = run.start(state, data)                           # a new folder, or where it stopped
+    run.adopt(teacher)                                    # *
+    while it < args.iters:
+        for part in range(args.accum):
+            run.seed(it, part)
+            x0, y = run.batch(data, it, part)
+            reseed = lambda: run.seed(it, part, stream=1)
+            loss, stats = loss_fn(net, x0, y, it, args, reseed)  # *
+            (loss / args.accum).backward()
+            run.count(stats)                              # sums stay on the device
+        lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))
+        for group in opt.param_groups:
+            group["lr"] = lr
+        if run.sync(opt, it):                             # mean over ranks; False: not finite, skip
+            opt.step()
+            decay = min(args.ema, (it + 1) / (it + 10))   # short memory at first
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        opt.zero_grad(set_to_none=True)
+
+        it += 1
+        run.log(it, lr=lr)
+        if run.due(it):                                   # every --save-every, at the end, on a signal
+            run.save(it, state)
+            run.evaluate(it, data, draw)
+    return run.finish(it, data, draw)
+
+
+if __name__ == "__main__":
+    main(parse(Args, PRESETS))

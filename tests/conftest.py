@@ -1,0 +1,66 @@
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)                                  # the suite's own speed; also steadier sums
+METHODS = [m for m in ("cd", "ct", "ict", "ect", "scm", "rcm") if (ROOT / f"{m}.py").exists()]
+TINY = ["--device", "cpu", "--ch", "16", "--blocks", "1", "--attn", "4", "--iters", "4", "--batch", "8", "--grid", "4",
+        "--log-every", "2", "--save-every", "2"]
+
+
+def pytest_configure(config):
+    for line in ("network: downloads something", "gpu: needs a CUDA device", "slow: trains for more than 20 seconds"):
+        config.addinivalue_line("markers", line)
+
+
+def pytest_collection_modifyitems(config, items):
+    """`python -m pytest` alone runs what needs neither network, GPU nor patience; -m chooses the rest."""
+    if config.option.markexpr:
+        return
+    skip = [i for i in items if any(i.get_closest_marker(m) for m in ("network", "gpu", "slow"))]
+    config.hook.pytest_deselected(items=skip)
+    items[:] = [i for i in items if i not in skip]
+
+
+@pytest.fixture(autouse=True)
+def few_real_images(monkeypatch):
+    """Figures of runs in the tests come from 64 images: they are about the machinery, not about quality."""
+    from common import run
+    monkeypatch.setattr(run, "FD_IMAGES", 64)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Run a script's main() in this process, as `train("ect", "--iters", "6")`; return (metrics, run folder)."""
+    def go(script, *flags, tiny=TINY):
+        from common.run import parse
+        m = importlib.import_module(script)
+        extra = ["--teacher", "none"] if script in METHODS and "--teacher" not in flags and "--resume" not in flags else []
+        flags = list(flags) if "--resume" in flags else [*tiny, "--out", str(tmp_path / "runs"), *extra, *flags]
+        metrics = m.main(parse(m.Args, m.PRESETS, flags))
+        return metrics, Path(metrics["run"])
+    return go
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Start a script as a user does; return the finished process."""
+    def go(*words, **env):
+        env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | env
+        return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=env, cwd=ROOT)
+    return go
+
+
+def weights(run, part="net", name="ckpt.pt"):
+    return torch.load(run / name)[part]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,157 @@
+"""Preconditioning and the diffusion loss and sampler, against EDM's table and exact Gaussian solutions."""
+import math
+
+import pytest
+import torch
+
+from common import teacher
+from common.precond import EDM, build
+from common.unet import UNet
+
+LEVELS = torch.tensor([0.003, 0.1, 0.821, 3, 80], dtype=torch.float64).view(-1, 1, 1, 1)
+
+
+class Spy(torch.nn.Module):
+    """A raw network that remembers its input and returns a constant."""
+    def __init__(self, out=0.0):
+        super().__init__()
+        self.out, self.kwargs = out, {}
+
+    def forward(self, x, c_noise, y=None):
+        self.x, self.c_noise = x, c_noise
+        return torch.full_like(x, self.out)
+
+
+def coefficients(t, **kw):
+    """(c_skip, c_out, c_in, c_noise) of EDM as it computes them, seen from outside."""
+    one, zero = torch.ones(len(t), 1, 1, 1, dtype=torch.float64), torch.zeros(len(t), 1, 1, 1, dtype=torch.float64)
+    spy = Spy()
+    c_skip = EDM(spy, dtype=torch.float64, **kw)(one, t)
+    c_in, c_noise = spy.x, spy.c_noise
+    return [v.flatten() for v in (c_skip, EDM(Spy(1.0), dtype=torch.float64, **kw)(zero, t), c_in, c_noise)]
+
+
+def test_coefficients_equal_the_published_numbers():
+    """Values printed by the authors' code; a c_in without its root fails here and in the next test."""
+    expect = [[0.999964, 0.9615385, 0.2705508, 0.02702703, 3.906098e-5],
+              [0.00299995, 0.09805807, 0.427039, 0.493197, 0.4999902],
+              [1.999964, 1.961161, 1.040290, 0.328798, 0.01249976],
+              [-1.452286, -0.5756463, -0.04930805, 0.2746531, 1.095507]]
+    for ours, theirs in zip(coefficients(LEVELS), expect):
+        assert torch.allclose(ours, torch.tensor(theirs, dtype=torch.float64), rtol=2e-6)
+    shifted = coefficients(LEVELS, t_min=0.003)
+    assert torch.allclose(shifted[0], torch.tensor([1, 0.963729, 0.2719981, 0.0270797, 3.906390e-5]).double(), rtol=2e-6)
+    assert torch.allclose(shifted[1], torch.tensor([0, 0.09511633, 0.4254786, 0.4927038, 0.4999715]).double(), rtol=2e-6)
+
+
+def test_the_network_sees_unit_variance_and_must_answer_with_it():
+    """c_in without its root, or c_out of another sd, breaks one of the two variances (EDM, App. B.6)."""
+    torch.manual_seed(0)
+    for sd in (0.5, 0.75):
+        for s in (0.01, 1.0, 80.0):
+            t = torch.full((4096, 1, 1, 1), s, dtype=torch.float64)
+            x0 = sd * torch.randn(4096, 1, 4, 4, dtype=torch.float64)
+            x = x0 + t * torch.randn_like(x0)
+            spy = Spy()
+            skipped = EDM(spy, sd, dtype=torch.float64)(x, t)
+            c_out = EDM(Spy(1.0), sd, dtype=torch.float64)(0 * x, t)
+            assert abs(spy.x.std() - 1) < 0.01 and abs(((x0 - skipped) / c_out).std() - 1) < 0.01
+
+
+def test_boundary_is_the_identity():
+    torch.manual_seed(0)
+    for t_min in (0.0, 0.002):
+        net = EDM(UNet(8, 1, ch=16, mult=(1,), blocks=1, attn=(), dropout=0.0), t_min=t_min)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        x = torch.randn(2, 1, 8, 8)
+        at = max(t_min, 1e-7)
+        assert torch.allclose(net(x, torch.full((2, 1, 1, 1), at)), x, atol=1e-5)
+        assert not torch.allclose(net(x, torch.full((2, 1, 1, 1), 0.5)), x, atol=0.1)
+
+
+def test_coefficients_stay_float32_under_bfloat16():
+    net = EDM(Spy(), dtype=torch.bfloat16)
+    x, t = torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), 0.0123456)
+    out = net(x, t)
+    assert out.dtype == torch.float32 and net.model.x.dtype == torch.bfloat16
+    assert net.model.c_noise.dtype == torch.float32 and abs(float(net.model.c_noise) - math.log(0.0123456) / 4) < 1e-6
+
+
+def test_build_makes_the_network_that_spec_describes():
+    net = EDM(UNet(16, 3, ch=16, mult=(1, 2), blocks=1, attn=(8,), classes=3), sd=0.7, t_min=0.002)
+    again = build(net.spec)
+    again.load_state_dict(net.state_dict())
+    x, t, y = torch.randn(2, 3, 16, 16), torch.ones(2, 1, 1, 1), torch.tensor([0, 2])
+    assert torch.equal(net(x, t, y), again(x, t, y))
+
+
+# ---- the diffusion model -------------------------------------------------------------------------
+class Gauss(torch.nn.Module):
+    """The exact denoiser of x0 ~ N(m, s^2): D(x; t) = m + s^2 / (s^2 + t^2) (x - m)."""
+    def __init__(self, m=0.3, s=0.6):
+        super().__init__()
+        self.m, self.s = m, s
+
+    def forward(self, x, t, y=None):
+        return self.m + self.s**2 / (self.s**2 + t**2) * (x - self.m)
+
+
+def test_diffusion_loss_at_the_exact_denoiser():
+    """E|D - x0|^2 = s^2 t^2 / (s^2 + t^2) per pixel: summed over pixels, weighted by (t^2 + sd^2) / (t sd)^2."""
+    torch.manual_seed(0)
+    args = teacher.Args(P_std=0.0, P_mean=math.log(0.9), sd=0.5)
+    x0 = 0.3 + 0.6 * torch.randn(40_000, 1, 2, 2, dtype=torch.float64)
+    loss, stats = teacher.loss_fn(Gauss(), x0, None, args)
+    expect = 4 * 0.36 * 0.81 / (0.36 + 0.81) * (0.81 + 0.25) / (0.81 * 0.25)
+    assert abs(float(loss) / expect - 1) < 0.01 and torch.allclose(stats["t"], torch.tensor(0.9))
+    assert stats["loss"].shape == (40_000,) and abs(float(stats["loss"].mean() - loss)) < 1e-9
+
+
+def test_diffusion_weight_at_known_levels(monkeypatch):
+    """rnd -2, -.7, 0, .9, 2.1 -> sigma and weight as the authors' code prints them."""
+    z = torch.tensor([-2, -0.7, 0, 0.9, 2.1]).view(5, 1, 1, 1)
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: z)
+    x0 = torch.zeros(5, 1, 1, 1)
+    _, stats = teacher.loss_fn(lambda x, t, y: torch.ones_like(x), x0, None, teacher.Args())
+    assert torch.allclose(stats["t"].flatten(), torch.tensor([0.0273237, 0.1300287, 0.3011942, 0.8869205, 3.743421]))
+    assert torch.allclose(stats["loss"], torch.tensor([1343.431, 63.14547, 15.02318, 5.271249, 4.071361]))
+
+
+def test_label_dropout_drops_its_share():
+    torch.manual_seed(0)
+    seen = []
+    net = lambda x, t, y: seen.append(y) or x
+    teacher.loss_fn(net, torch.zeros(4000, 1, 1, 1), torch.arange(4000) % 10, teacher.Args(label_dropout=0.25))
+    assert abs((seen[0] == -1).float().mean() - 0.25) < 0.03
+    assert torch.equal(seen[0][seen[0] >= 0], (torch.arange(4000) % 10)[seen[0] >= 0])
+
+
+def flow(x, t, g):
+    """The exact end of the probability-flow ODE from (x, t)."""
+    return g.m + g.s / math.sqrt(g.s**2 + t**2) * (x - g.m)
+
+
+def test_heun_grid_and_calls():
+    """18 steps are 35 calls; five steps visit 80, 17.52783, 2.515219, .1697528, .002, the inner ones twice."""
+    seen = []
+    class Count(Gauss):
+        def forward(self, x, t, y=None):
+            seen.append(float(t.flatten()[0]))
+            return super().forward(x, t)
+    noise = torch.randn(1, 2, 1, 2, 2, dtype=torch.float64)
+    teacher.sample(Count(), noise, None, teacher.Args(steps=5))
+    expect = [80] + [v for v in (17.52783, 2.515219, 0.1697528, 0.002) for _ in (0, 1)]
+    assert torch.allclose(torch.tensor(seen), torch.tensor(expect), rtol=1e-6)
+    seen.clear()
+    teacher.sample(Count(), noise, None, teacher.Args(steps=18))
+    assert len(seen) == 35
+
+
+def test_heun_converges_with_second_order():
+    """Against the exact flow; Euler's method, or a second slope at the wrong level, loses the order."""
+    torch.manual_seed(0)
+    g, noise = Gauss(), 0.02 * torch.randn(1, 64, 1, 2, 2, dtype=torch.float64)   # small: nothing is clamped
+    exact = flow(80 * noise[0], 80.0, g)
+    errors = [float((teacher.sample(g, noise, None, teacher.Args(steps=n)) - exact).abs().max()) for n in (20, 40, 80)]
+    assert errors[2] < 1e-3 and 3.2 < errors[0] / errors[1] < 5 and 3.2 < errors[1] / errors[2] < 5

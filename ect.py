@@ -1,9 +1,9 @@
 """
 ect.py: Easy Consistency Tuning.    Geng et al. 2024, arXiv:2406.14548.
 
-Idea    A diffusion model is already a consistency model for pairs (t, r = 0). Start from one and let
-        r grow towards t: each stage of the curriculum shrinks the gap t - r by a factor q. No grid
-        of noise levels, no teacher in the loss, no moving target: the network is its own target.
+Idea    A diffusion model is a consistency model for pairs (t, r = 0). Start from one and let r grow
+        towards t: each stage of the curriculum shrinks the gap t - r by a factor q. No grid of
+        noise levels, no teacher in the loss, no moving target: the network is its own target.
 
 One training step
     t       ~  lognormal(P_mean, P_std)                # continuous noise level       [Sec. 3.2]
@@ -15,11 +15,11 @@ One training step
     loss    =  d(f_t, f_r) / gap                       # d = sqrt(|f_t - f_r|^2 + c^2) - c
 
 Deviations from the paper
-    a counts from 1, as in the authors' code: a = 0 is diffusion training, which the teacher has done.
-    One network in training and sampling: f(x, 0) = x. The authors' code shifts the boundary to 0.003
-    when it samples (under 0.6% in the coefficients at t = 0.821).
-    The decay of the averaged weights ramps up in the first steps; the authors' code keeps it constant.
-    Small data (digits, mnist, small) starts at a narrower gap and lasts minutes: see PRESETS.
+    a counts from 1, as in the authors' code: a = 0 is diffusion training, done by the teacher.
+    One network in training and sampling, f(x, 0) = x. The authors' code moves the boundary to 0.003
+    when it samples (under 0.6 % in the coefficients at t = 0.821).
+    The decay of the averaged weights ramps up in the first steps; in the code it is constant.
+    The presets digits and small are ours: small networks, the narrowest gap from the start.
 
 Read next: common/teacher.py, the diffusion model it starts from.
 """
@@ -44,7 +44,7 @@ class Args:
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
     resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without CUDA, else fast
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without CUDA or fast
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
@@ -54,7 +54,7 @@ class Args:
     mult: tuple = (2, 2, 2)           # width of each resolution, times ch
     blocks: int = 4                   # residual blocks per resolution
     attn: tuple = (16,)               # image sizes at which there is attention
-    teacher: str = "auto"             # auto | train | none | run folder | checkpoint: where to start
+    teacher: str = "auto"             # auto | train | none | run folder | .pt | .pkl | address
     teacher_iters: int = 0            # steps of a teacher trained here; 0: its own preset
     iters: int = 200_000              # optimiser steps
     batch: int = 128                  # images per step, over all ranks
@@ -152,14 +152,14 @@ def main(args):
     net = EDM(backbone(args, data, teacher), args.sd, dtype=dtype)  # *
     ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
     net = run.place(net)
-    if args.compile:
-        net.compile()                                     # in place: both calls use it
-    opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)
-    state = dict(net=net, ema=ema, opt=opt)
+    if args.compile:                                      # in place, both calls use it  # *
+        net.compile()                                     # *
+    opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)  # *
+    state = dict(net=net, ema=ema, opt=opt)               # *
     draw = lambda noise, y: sample(ema, noise, y, args)
 
     it = run.start(state, data)                           # a new folder, or where it stopped
-    run.adopt(teacher)                                    # *
+    teachers.show(teacher, run, data)                     # *
     while it < args.iters:
         for part in range(args.accum):
             run.seed(it, part)
@@ -168,19 +168,19 @@ def main(args):
             loss, stats = loss_fn(net, x0, y, it, args, reseed)  # *
             (loss / args.accum).backward()
             run.count(stats)                              # sums stay on the device
-        lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))
+        lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))  # *
         for group in opt.param_groups:
             group["lr"] = lr
         if run.sync(opt, it):                             # mean over ranks; False: not finite, skip
             opt.step()
-            decay = min(args.ema, (it + 1) / (it + 10))   # short memory at first
+            decay = min(args.ema, (it + 1) / (it + 10))   # short memory at first  # *
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
         opt.zero_grad(set_to_none=True)
 
         it += 1
         run.log(it, lr=lr)
-        if run.due(it):                                   # every --save-every, at the end, on a signal
+        if run.due(it):                                   # each --save-every, at the end, a signal
             run.save(it, state)
             run.evaluate(it, data, draw)
     return run.finish(it, data, draw)

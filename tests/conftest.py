@@ -1,4 +1,5 @@
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -64,3 +65,13 @@ def weights(run, part="net", name="ckpt.pt"):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def lines(file):
+    """The objects of a .jsonl file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def snapshot(folder):
+    """Everything below a folder, to be compared with a later snapshot."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}

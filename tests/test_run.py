@@ -1,0 +1,736 @@
+"""Flags, run folder, checkpoints, resume, signals, seeds. Every name or docstring says which mistake it catches."""
+import dataclasses
+import errno
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import METHODS, ROOT, TINY, equal, lines, snapshot, weights
+from PIL import Image
+
+import ect
+from common import run as runs
+from common import teacher as teachers
+from common.data import load
+from common.precond import EDM, backbone
+from common.run import BadInput, Run, load_checkpoint, noise_of, parse, picture
+
+each_script = pytest.mark.parametrize("script", METHODS + ["common.teacher"])
+
+
+def flags(*argv, script=ect):
+    return parse(script.Args, script.PRESETS, list(argv))
+
+
+def tiny(*argv):
+    """The arguments of a small run that starts from random weights."""
+    return flags(*TINY, "--teacher", "none", *argv)
+
+
+def same(a, b):
+    """Two checkpoints hold the same numbers, those of the optimiser included."""
+    def leaves(tree):
+        return [x for v in (tree.values() if isinstance(tree, dict) else tree) for x in leaves(v)] \
+            if isinstance(tree, (dict, list)) else [tree]
+    a, b = ([x for part in ("it", "net", "ema", "opt") for x in leaves([c[part]])] for c in (a, b))
+    return len(a) == len(b) and all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b))
+
+
+def ckpt(run, name="ckpt.pt"):
+    return torch.load(run / name, weights_only=True)
+
+
+def back_to(run, it, folder):
+    """A copy of a run with --keep, as it was when it had just saved step `it`."""
+    shutil.copytree(run, folder)
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.copy(run / f"ckpt-{it:07d}.pt", folder / "ckpt.pt")
+    return folder
+
+
+def data_set(path, size=8, channels=1, labels=True, n=20):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = np.random.default_rng(0).integers(0, 256, (n, size, size, channels), np.uint8)
+    np.savez(path, images=images, **(dict(labels=np.arange(n) % 2) if labels else {}))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A test that ends a run by an exception leaves its signal handlers in place; put the old ones back."""
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield old
+    for s, handler in old.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture
+def wrap_loss(monkeypatch):
+    """Let change(it, net, loss, stats) edit what ect's loss_fn returns."""
+    def go(change):
+        def loss_fn(net, x0, y, it, args, reseed, real=ect.loss_fn):
+            loss, stats = real(net, x0, y, it, args, reseed)
+            return change(it, net, loss, stats) or (loss, stats)
+        monkeypatch.setattr(ect, "loss_fn", loss_fn)
+    return go
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+def test_explicit_beats_preset_beats_default():
+    """A preset that overrides what was typed, one that is not applied, or one that leaks into another data set."""
+    a, paper = flags("--lr", "0.5"), flags("--dataset", "cifar10", "--preset", "paper")
+    assert (a.lr, a.ema, a.sd, a.dataset) == (0.5, ect.PRESETS["digits"]["ema"], 0.75, "digits")
+    assert a.P_std == ect.Args.P_std and paper == dataclasses.replace(ect.Args(), dataset="cifar10", preset="paper")
+    fast = flags("--dataset", "cifar10", "--preset", "fast", "--ema", "0.5")
+    assert (fast.q, fast.iters, fast.ema, fast.sd) == (256.0, 8000, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("name, expect", [("mnist", 7), ("folder/of/mine", 8), ("cifar10", 9)])
+def test_data_presets_win_over_size_presets_and_leave_them_alone(name, expect):
+    """The data's own values lost, given to other data, or written into the table for the next call."""
+    presets = dict(small=dict(batch=9, cost="x"), mnist=dict(batch=7), folder=dict(batch=8))
+    before = repr(presets)
+    assert parse(ect.Args, presets, ["--dataset", name, "--preset", "small"]).batch == expect
+    assert repr(presets) == before
+
+
+@pytest.mark.parametrize("cuda, device, presets, expect", [
+    (False, "auto", "small fast paper", "small"), (True, "auto", "small fast paper", "fast"),
+    (True, "cpu", "small fast paper", "small"), (True, "cuda", "small paper", "paper")])
+def test_auto_preset(monkeypatch, capsys, cuda, device, presets, expect):
+    """Two days of training started on a laptop; the small recipe on a GPU; a choice that is not announced."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    table = {k: dict(cost=f"cost of {k}", iters=len(k)) for k in presets.split()}
+    args = parse(ect.Args, table, ["--dataset", "cifar10", "--device", device])
+    assert (args.preset, args.iters) == (expect, len(expect))
+    assert capsys.readouterr().out == f"preset {expect}: cost of {expect}\n"
+
+
+def test_spellings():
+    """Underscores or dashes refused, tuples as strings, switches that cannot be switched off."""
+    for a in (flags("--log-every", "7", "--t-mid=0.5"), flags("--log_every", "7", "--t_mid=0.5")):
+        assert (a.log_every, a.t_mid) == (7, 0.5)
+    assert flags("--P-mean", "2").P_mean == flags("--P_mean", "2").P_mean == 2.0
+    a = flags("--mult", "1,2,3", "--attn", "", "--no-flip", "--cond", "--iters", "9")
+    assert (a.mult, a.attn, a.flip, a.cond) == ((1, 2, 3), (), False, True) and type(a.iters) is int
+    presets = dict(small=dict(flip=True))
+    on = lambda *argv: parse(ect.Args, presets, ["--dataset", "cifar10", "--preset", "small", *argv]).flip
+    assert on() and not on("--no-flip")
+
+
+@each_script
+def test_help_prints_the_algorithm_and_every_flag_with_its_comment(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as info:
+        flags("-h", script=module)
+    out = capsys.readouterr().out
+    assert info.value.code == 0 and "One training step" in out
+    source = (ROOT / f"{script.replace('.', '/')}.py").read_text()
+    for f in dataclasses.fields(module.Args):
+        note = re.search(rf"^    {f.name}: .+?  # (.+)$", source, re.M)[1]
+        assert f"--{f.name.replace('_', '-')}" in out and f"{note} [{f.default}]" in out, f.name
+
+
+# ---- bad input: one line on stderr, exit status 2, nothing left behind -----------------------------
+def refuses(argv, capsys, folder, script=ect):
+    """The one line with which a script refuses its flags, having left the folder as it was."""
+    before = snapshot(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as info:
+        script.main(flags(*map(str, argv), script=script))
+    err = capsys.readouterr().err
+    assert info.value.code == 2 and snapshot(folder) == before
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("argv, hint", [
+    (["--step", "4"], "did you mean --steps?"), (["--data", "x"], "unrecognized"), (["extra"], "extra"),
+    (["--iters", "4.5"], "invalid int"), (["--lr", "fast"], "invalid float"), (["--device", "tpu"], "cpu"),
+    (["--mult", "1,x"], "integers"), (["--seed"], "expected one argument"), (["--flip=1"], "ignored explicit"),
+    (["--steps", "0"], "--steps"), (["--iters", "0"], "--iters"), (["--grid", "0"], "--grid"),
+    (["--accum", "0"], "--accum"), (["--batch", "0"], "--batch"), (["--batch", "7", "--accum", "2"], "--accum"),
+    (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--dropout", "1"], "--dropout"),
+    (["--warmup", "-1"], "--warmup"), (["--log-every", "0"], "--log-every"), (["--save-every", "-1"], "--save-every"),
+    (["--t-mid", "80"], "--t-mid"), (["--shard"], "torchrun"), (["--preset", "small"], "one preset"),
+    (["--size", "16"], "8 pixels"), (["--mult", "1,1,1,1,1"], "--mult"), (["--teacher", "absent"], "absent"),
+    (["--dataset", "absent/folder"], "absent/folder"), (["--resume", "absent"], "no run folder")])
+def test_bad_flags_are_refused(argv, hint, capsys, tmp_path):
+    start = TINY if argv[0] != "--resume" else []
+    assert hint in refuses([*start, "--out", tmp_path / "runs", *argv], capsys, tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused(device, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert f"--device {device}" in refuses([*TINY, "--device", device, "--out", tmp_path], capsys, tmp_path)
+
+
+def test_bad_data_is_refused(capsys, tmp_path):
+    """Empty folder, broken image, labels that are not there, a width the image cannot be halved to."""
+    start = [*TINY, "--out", tmp_path / "runs", "--preset", "small", "--dataset"]
+    (tmp_path / "empty").mkdir()
+    assert "no images" in refuses([*start, tmp_path / "empty"], capsys, tmp_path)
+    (tmp_path / "one").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "one/good.png")
+    no_labels = [*start, tmp_path / "one", "--cond"]
+    assert "--cond" in refuses(no_labels, capsys, tmp_path)
+    assert "--cond" in refuses([*no_labels, "--teacher", "none"], capsys, tmp_path)
+    assert "--mult" in refuses([*start, tmp_path / "one", "--size", "6", "--mult", "1,1,1"], capsys, tmp_path)
+    (tmp_path / "one/bad.png").write_bytes((tmp_path / "one/good.png").read_bytes()[:60])
+    assert "bad.png" in refuses([*start, tmp_path / "one"], capsys, tmp_path)
+
+
+def test_a_teacher_that_does_not_fit_is_refused(capsys, tmp_path, train):
+    """Another size, noise scale or number of classes; a folder of another kind, a file that is no checkpoint."""
+    _, teacher = train("common.teacher", "--iters", "1", "--steps", "2")
+    start = [*TINY, "--out", tmp_path / "runs", "--teacher", teacher]
+    large = data_set(tmp_path / "large.npz", size=16)
+    assert "sd, channels" in refuses([*start, "--dataset", large, "--sd", "0.75"], capsys, tmp_path)
+    assert "sd, channels" in refuses([*start, "--sd", "0.5"], capsys, tmp_path)
+    assert "10" in refuses([*start, "--cond"], capsys, tmp_path)
+    assert "no readable" in refuses([*start[:-1], teacher / "samples"], capsys, tmp_path)
+    assert "--teacher" in refuses([*start[:-1], ROOT / "ect.py"], capsys, tmp_path) or "ect.py"
+
+
+def test_a_resume_that_contradicts_the_run_is_refused(capsys, tmp_path, train):
+    """A changed defining flag, the run of another script, a run without readable weights."""
+    _, run = train("ect", "--iters", "1")
+    for argv in (["--lr", "1"], ["--dataset", "mnist"], ["--no-cond", "--cond"], ["--q", "3"], ["--teacher", "auto"]):
+        assert argv[-2 + len(argv) % 2].strip("-") in refuses(["--resume", run, *argv], capsys, tmp_path)
+    assert "made by ect" in refuses(["--resume", run], capsys, tmp_path, script=teachers)
+    (run / "ckpt.pt").write_bytes(b"not a checkpoint")
+    assert "no readable checkpoint" in refuses(["--resume", run], capsys, tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "--out" in refuses([*TINY, "--teacher", "none", "--out", tmp_path / "file"], capsys, tmp_path)
+
+
+def test_a_script_refuses_as_its_main_does(shell, tmp_path):
+    """What only a process shows: a traceback, text on stdout before the error, another exit status."""
+    p = shell("ect.py", "--step", "4", "--out", tmp_path / "runs")
+    assert (p.returncode, p.stdout) == (2, "") and not any(tmp_path.iterdir())
+    assert p.stderr.startswith("error: ") and p.stderr.count("\n") == 1
+
+
+# ---- run folder ----------------------------------------------------------------------------------
+KEYS = {"it", "metric", "value", "n", "net", "steps", "t_mid", "mode", "seed", "sec"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_run_folder_is_complete(method, train):
+    """A file of the contract missing, misnamed or short of a key."""
+    metrics, run = train(method, "--steps", "3", "--cond")
+    stem = f"{method}-digits-000"
+    assert run.name == stem and {p.name for p in run.iterdir()} == {
+        "config.json", "log.jsonl", "eval.jsonl", "ckpt.pt", "ckpt.prev.pt", "samples", "source"}
+    config = json.loads((run / "config.json").read_text())
+    about = config.pop("about")
+    assert config.keys() == {f.name for f in dataclasses.fields(importlib.import_module(method).Args)}
+    assert (config["iters"], config["mult"], config["resume"]) == (4, [1, 2], "") and about["script"] == method
+    assert about.keys() >= {"argv", "commit", "torch", "ranks", "device", "data_sha256"}
+
+    log, figures = lines(run / "log.jsonl"), lines(run / "eval.jsonl")
+    assert [r["it"] for r in log] == [2, 4]
+    for r in log:
+        assert r.keys() >= {"it", "sec", "loss", "lr", "img_s", "mem_gb"} and all(map(math.isfinite, r.values()))
+    assert all(r.keys() == KEYS for r in figures)
+    assert [(r["it"], r["steps"]) for r in figures] == [(2, 1), (2, 3), (4, 1), (4, 3)]
+    assert {r["t_mid"] for r in figures if r["steps"] == 1} == {None}
+    assert metrics == {"run": str(run), **{f"fd_pixels_{r['steps']}step": r["value"] for r in figures[2:]}}
+
+    grids = {p.name: Image.open(p) for p in (run / "samples").iterdir()}
+    assert grids.keys() == {f"000000{it}_{k}step.png" for it in (2, 4) for k in (1, 3)}
+    assert {g.size for g in grids.values()} == {(4 * 32, 32)}, "4 images, one column a class, 8 pixels shown as 32"
+    saved = ckpt(run)
+    assert (saved["it"], ckpt(run, "ckpt.prev.pt")["it"]) == (4, 2) and saved.keys() >= {"net", "ema", "opt", "config"}
+    assert not equal(saved["net"], saved["ema"]) and saved["model"]["kwargs"]["classes"] == 10
+    assert train(method, "--iters", "1")[1].name == f"{method}-digits-001"
+
+
+def test_source_is_a_working_copy(train, tmp_path):
+    """A file that the script needs is not copied; a copy that imports the checkout instead."""
+    _, run = train("ect", "--iters", "1")
+    code = "import ect, common.run; print(ect.__file__, common.run.__file__, ect.load('digits').images.shape)"
+    p = subprocess.run([sys.executable, "-c", code], cwd=run / "source", capture_output=True, text=True,
+                       env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    assert p.returncode == 0, p.stderr
+    assert p.stdout.count(str(run / "source")) == 2 and "[1797, 1, 8, 8]" in p.stdout
+
+
+def test_folders_are_numbered_after_the_last(tmp_path):
+    """Counting instead of looking: a deleted run would make the next one land in, or before, an old one."""
+    for name in ("ect-digits-000", "ect-digits-007", "ect-digits-x", "ect-digits-large-009", "teacher-digits-020"):
+        (tmp_path / name).mkdir()
+    run = Run(tiny("--out", str(tmp_path)), ect.__file__)
+    assert Path(run.new_folder("digits")).name == "ect-digits-008"
+    assert Path(run.new_folder("digits-large")).name == "ect-digits-large-010"
+
+
+def test_log_holds_the_averages_of_the_interval(train, wrap_loss):
+    """A mean over the last step only, bins that lose or repeat images, a loss of one part instead of all."""
+    seen = []
+    wrap_loss(lambda it, net, loss, stats: seen.append((stats["t"].flatten(), stats["loss"], stats["gap"])))
+    _, run = train("ect", "--iters", "6", "--log-every", "3", "--accum", "2", "--batch", "16")
+    edges = [1e-2 * 10 ** (2 * i / 3) for i in range(7)]                  # 8 bins from 0.01 to 100
+    for line, steps in zip(lines(run / "log.jsonl"), (seen[:6], seen[6:]), strict=True):
+        t, loss = (torch.cat(v) for v in list(zip(*steps))[:2])
+        assert len(loss) == 3 * 16 and line["loss"] == pytest.approx(float(loss.mean()), rel=1e-4)
+        assert line["gap"] == pytest.approx(float(sum(s[2] for s in steps)) / 6, rel=1e-4)
+        bins, total = np.digitize(t, edges), 0.0
+        for i in range(8):
+            assert (f"loss_t{i}" in line) == (i in bins)
+            if i in bins:
+                assert line[f"loss_t{i}"] == pytest.approx(float(loss[bins == i].mean()), rel=1e-4)
+                total += line[f"loss_t{i}"] * (bins == i).sum()
+        assert total / len(loss) == pytest.approx(line["loss"], rel=1e-4)
+    speed = lines(run / "log.jsonl")[-1]
+    elapsed = speed["sec"] - lines(run / "log.jsonl")[0]["sec"]
+    assert speed["img_s"] == pytest.approx(3 * 16 / elapsed, rel=0.2)
+
+
+def test_warm_up_and_averaged_weights(train):
+    """A warm-up that starts at zero or ends late; averaged weights that lag, lead or copy the network's."""
+    _, run = train("ect", "--warmup", "3", "--lr", "3e-3", "--log-every", "1", "--save-every", "1", "--keep",
+                   "--ema", "0.15", "--iters", "4")
+    assert [r["lr"] for r in lines(run / "log.jsonl")] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3])
+    for it in (1, 2, 3):
+        a, b = (ckpt(run, f"ckpt-{i:07d}.pt") for i in (it, it + 1))
+        decay = min(0.15, (it + 1) / (it + 10))                           # step `it` counts from 0
+        for k in a["ema"]:
+            assert torch.allclose(b["ema"][k], decay * a["ema"][k] + (1 - decay) * b["net"][k], atol=1e-6), k
+        assert not equal(a["net"], b["net"])
+
+
+def test_grids_show_the_same_noise_at_every_step_in_every_run(train, monkeypatch):
+    """Noise that follows the step, --seed, --steps or the state of a generator: grids could not be compared."""
+    seen = []
+    for module in (ect, teachers):
+        monkeypatch.setattr(module, "sample", lambda net, noise, y, args: seen.append(noise) or 0 * noise[0])
+    train("ect", "--seed", "1", "--steps", "2")
+    train("ect", "--seed", "2", "--steps", "3", "--iters", "2")
+    train("common.teacher", "--iters", "2")
+    assert [len(noise) for noise in seen] == [1, 2, 1, 2, 1, 3, 1]
+    assert all(torch.equal(noise[0], seen[0][0]) for noise in seen)
+    assert torch.equal(seen[1], seen[3]) and torch.equal(seen[1], seen[5][:2])
+
+
+def test_columns_of_a_grid_are_classes(train, monkeypatch):
+    labels = []
+    monkeypatch.setattr(ect, "sample", lambda net, noise, y, args: labels.append(y) or 0 * noise[0])
+    train("ect", "--cond", "--iters", "1", "--grid", "12")
+    assert torch.equal(labels[0][:12], torch.arange(12) % 10)
+
+
+def test_picture_places_images_by_rows():
+    """Images in columns, transposed, smoothed, or missing ones black."""
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 16, 16).clone()
+    images[:, :, 0, 1] = 99                                               # row 0, column 1 of each
+    sheet = np.asarray(picture(images, cols=3))
+    assert sheet.shape == (64, 96, 3) and (sheet == sheet[..., :1]).all()
+    corners = sheet[31::32, 31::32, 0]
+    assert corners.tolist() == [[0, 1, 2], [3, 4, 255]]
+    assert (sheet[:2, 2:4] == 99).all() and (sheet[2:, :2][:30] == 0).all()
+    assert np.asarray(picture(torch.zeros(4, 3, 64, 64).byte())).shape == (128, 128, 3)
+
+
+# ---- resume --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_exact(method, train, tmp_path):
+    """State that is not saved, or numbers that depend on more than the step: dropout, flips, parts, optimiser."""
+    how = ["--dropout", "0.2", "--flip", "--accum", "2", "--log-every", "1"]
+    _, whole = train(method, *how, "--keep")
+    cut = back_to(whole, 2, tmp_path / "cut")
+    train(method, "--resume", str(cut))
+    assert same(ckpt(whole), ckpt(cut)) and not same(ckpt(whole), ckpt(whole, "ckpt.prev.pt"))
+    log = [{k: v for k, v in r.items() if k not in ("sec", "img_s", "mem_gb")} for r in lines(cut / "log.jsonl")]
+    assert [r["it"] for r in log] == [1, 2, 3, 4, 3, 4] and log[2:4] == log[4:]
+
+
+def test_resume_may_extend_a_run(train):
+    """A schedule that follows --iters; a resumed run that forgets its flags, or does not keep the new one."""
+    _, whole = train("ect")
+    _, short = train("ect", "--iters", "2", "--seed", "0")
+    train("ect", "--resume", str(short), "--iters", "4")
+    assert same(ckpt(whole), ckpt(short))
+    a, b = (json.loads((r / "config.json").read_text()) for r in (whole, short))
+    assert {k: v for k, v in a.items() if k != "about"} == {k: v for k, v in b.items() if k != "about"}
+
+
+def test_a_finished_run_is_only_sampled(train, capsys):
+    """Another step of training, a rewritten checkpoint, a --steps that is not honoured or a second run folder."""
+    _, run = train("ect")
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.glob("ckpt*")}
+    metrics, again = train("ect", "--resume", str(run), "--steps", "3", "--t-mid", "0.5", "--grid", "9")
+    assert again == run and [p.name for p in run.parent.iterdir()] == [run.name]
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.glob("ckpt*")} == before
+    assert len(lines(run / "log.jsonl")) == 2 and metrics.keys() == {"run", "fd_pixels_1step", "fd_pixels_3step"}
+    assert [(r["it"], r["steps"], r["t_mid"]) for r in lines(run / "eval.jsonl")[-2:]] == [(4, 1, None), (4, 3, 0.5)]
+    assert Image.open(run / "samples/0000004_3step.png").size == (96, 96)
+    assert "3 steps, t_mid 0.5" in capsys.readouterr().out
+
+
+def test_the_teacher_resumes_exactly(train, tmp_path):
+    """Its warm-up and the ramp of its average depend on the step."""
+    _, whole = train("common.teacher", "--batch", "8", "--dropout", "0.2", "--cond", "--keep", "--steps", "2")
+    cut = back_to(whole, 2, tmp_path / "cut")
+    metrics, _ = train("common.teacher", "--resume", str(cut))
+    assert same(ckpt(whole), ckpt(cut)) and metrics.keys() == {"run", "fd_pixels_teacher"}
+    assert {p.name for p in (whole / "samples").iterdir()} == {"0000002_teacher.png", "0000004_teacher.png"}
+    assert {(r["net"], r["steps"]) for r in lines(whole / "eval.jsonl")} == {("teacher", 2)}
+
+
+# ---- where a run starts --------------------------------------------------------------------------
+def test_auto_trains_a_teacher_once_and_shows_its_figure(train, tmp_path):
+    """A teacher trained again for every student, its figure or grid missing, its flags not handed on."""
+    metrics, run = train("ect", "--teacher", "auto", "--teacher-iters", "1", "--iters", "1", "--seed", "3")
+    teacher = tmp_path / "runs/teacher-digits-000"
+    config = json.loads((teacher / "config.json").read_text())
+    assert (config["iters"], config["ch"], config["seed"], config["sd"]) == (1, 16, 3, 0.75)
+    assert metrics.keys() == {"run", "fd_pixels_teacher", "fd_pixels_1step", "fd_pixels_2step"}
+    first = lines(run / "eval.jsonl")[0]
+    assert (first["net"], first["it"], first["steps"], first["value"]) == \
+        ("teacher", 0, 18, metrics["fd_pixels_teacher"])
+    assert (run / "samples/0000000_teacher.png").read_bytes() == (teacher / "samples/0000001_teacher.png").read_bytes()
+
+    before = snapshot(teacher)
+    _, second = train("ect", "--teacher", "auto", "--teacher-iters", "1", "--iters", "1")
+    assert snapshot(teacher) == before and json.loads((second / "config.json").read_text())["teacher"] == str(teacher)
+    train("ect", "--teacher", "auto", "--teacher-iters", "1", "--iters", "1", "--blocks", "2")
+    assert {p.name for p in teacher.parent.iterdir()} == {"teacher-digits-000", "teacher-digits-001"} | {
+        f"ect-digits-00{i}" for i in range(3)}
+
+
+def test_only_a_teacher_of_the_same_data_and_network_is_found(train, tmp_path):
+    """A name alone is no match; the newest of several is."""
+    _, old = train("common.teacher", "--iters", "1", "--steps", "1")
+    _, new = train("common.teacher", "--iters", "1", "--steps", "1")
+    data = load("digits")
+    args = lambda *argv: tiny("--out", str(tmp_path / "runs"), *argv)
+    assert teachers.newest(args(), data) == str(new)
+    for argv in (["--ch", "32"], ["--mult", "1"], ["--blocks", "2"], ["--attn", "8"], ["--cond"], ["--sd", "0.5"]):
+        assert teachers.newest(args(*argv), data) is None, argv
+    other = load(data_set(tmp_path / "digits.npz"))
+    assert other.name == "digits" and teachers.newest(args(), other) is None, "other images of the same name"
+    (new / "ckpt.pt").unlink()
+    assert teachers.newest(args(), data) == str(old), "a teacher that was stopped before its first save"
+
+
+def test_an_unfinished_teacher_is_finished_first(train, tmp_path):
+    """A student that starts from half a teacher, or a second teacher beside the first."""
+    _, whole = train("common.teacher", "--keep", "--steps", "2")
+    back_to(whole, 2, tmp_path / "some/teacher-digits-000")
+    train("ect", "--teacher", "auto", "--iters", "1", "--out", str(tmp_path / "some"))
+    assert same(ckpt(whole), ckpt(tmp_path / "some/teacher-digits-000"))
+    assert {p.name for p in (tmp_path / "some").iterdir()} == {"teacher-digits-000", "ect-digits-000"}
+
+
+def test_a_student_starts_as_its_teacher(train):
+    """Another architecture than the teacher's; its raw instead of its averaged weights; averages that start at 0."""
+    _, teacher = train("common.teacher", "--ch", "32", "--blocks", "2", "--steps", "1", "--warmup", "1")
+    assert not equal(*(weights(teacher, part) for part in ("net", "ema")))
+    for path in (teacher, teacher / "ckpt.pt"):
+        _, run = train("ect", "--teacher", str(path), "--iters", "1", "--lr", "1e-30", "--dropout", "0.3")
+        config = json.loads((run / "config.json").read_text())
+        assert (config["ch"], config["blocks"], config["teacher"]) == (32, 2, str(path))
+        assert equal(weights(run), weights(teacher, "ema"))
+        assert all(torch.allclose(a, b) for a, b in zip(weights(run, "ema").values(), weights(run).values()))
+        assert ckpt(run)["model"]["kwargs"]["dropout"] == 0.3, "dropout is the run's own"
+
+
+def test_without_a_teacher_there_is_no_teachers_figure(train, tmp_path):
+    metrics, run = train("ect", "--teacher", "none", "--iters", "1")
+    assert metrics.keys() == {"run", "fd_pixels_1step", "fd_pixels_2step"}
+    assert [p.name for p in run.parent.iterdir()] == [run.name] and not list(run.glob("samples/*teacher*"))
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def write_half(monkeypatch):
+    """From step `it` on, torch.save writes half of a checkpoint and raises."""
+    def go(it, error):
+        def save(obj, f, real=torch.save):
+            if obj["it"] < it:
+                return real(obj, f)
+            real(obj, half := f.name + ".half")
+            f.write(Path(half).read_bytes()[:os.path.getsize(half) // 2])
+            os.remove(half)
+            f.flush()
+            raise error
+        monkeypatch.setattr(torch, "save", save)
+    return go
+
+
+def test_killed_while_writing(train, write_half, monkeypatch, tmp_path):
+    """Writing over the good checkpoint. A killed process cleans up nothing, hence no unlink."""
+    _, whole = train("ect")
+    with monkeypatch.context() as m:
+        m.setattr(Path, "unlink", lambda *a, **k: None)
+        write_half(4, Killed())
+        with pytest.raises(Killed):
+            train("ect")
+    run = tmp_path / "runs/ect-digits-001"
+    assert load_checkpoint(run)["it"] == 2 and (run / "ckpt.tmp").stat().st_size > 0
+    monkeypatch.undo()
+    train("ect", "--resume", str(run))
+    assert same(ckpt(whole), ckpt(run)) and not (run / "ckpt.tmp").exists()
+
+
+def test_killed_between_the_two_renames(train, monkeypatch, tmp_path):
+    """There is a moment without ckpt.pt; the one before has to take its place."""
+    _, whole = train("ect")
+    def replace(a, b, real=os.replace):
+        if Path(a).name == "ckpt.tmp" and (Path(b).parent / "ckpt.prev.pt").exists():
+            raise Killed
+        real(a, b)
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", replace)
+        with pytest.raises(Killed):
+            train("ect")
+    run = tmp_path / "runs/ect-digits-001"
+    assert not (run / "ckpt.pt").exists() and load_checkpoint(run)["it"] == 2
+    train("ect", "--resume", str(run))
+    assert same(ckpt(whole), ckpt(run))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(train, monkeypatch):
+    """Without flush and fsync a power cut leaves an empty file under the good name."""
+    synced, size = [], []
+    monkeypatch.setattr(os, "fsync", lambda fd, real=os.fsync: synced.append(os.fstat(fd).st_size) or real(fd))
+    def replace(a, b, real=os.replace):
+        if Path(a).name == "ckpt.tmp":
+            size.append(os.path.getsize(a))
+            assert synced == size, "renamed before all of it was synced"
+        real(a, b)
+    monkeypatch.setattr(os, "replace", replace)
+    train("ect")
+    assert len(size) == 2
+
+
+def test_a_truncated_checkpoint_falls_back_and_says_so(train, capsys):
+    """A run that cannot go on, or that goes back in silence."""
+    _, run = train("ect")
+    whole = ckpt(run)
+    for content in ((run / "ckpt.pt").read_bytes()[:-1000], b""):
+        (run / "ckpt.pt").write_bytes(content)
+        capsys.readouterr()
+        assert load_checkpoint(run)["it"] == 2
+        out = capsys.readouterr().out
+        assert str(run / "ckpt.pt") in out and "cannot be read" in out and out.count("\n") == 1
+    train("ect", "--resume", str(run))
+    assert same(whole, ckpt(run))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(train, write_half, tmp_path):
+    """Half a file, or the good one gone, where there is no space for a new one."""
+    write_half(4, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space"):
+        train("ect")
+    run = tmp_path / "runs/ect-digits-000"
+    assert [p.name for p in run.glob("ckpt*")] == ["ckpt.pt"] and ckpt(run)["it"] == 2
+
+
+def test_keep_keeps_every_checkpoint(train):
+    _, run = train("ect", "--keep", "--iters", "6")
+    assert {p.name: ckpt(run, p.name)["it"] for p in run.glob("ckpt*")} == {
+        "ckpt.pt": 6, "ckpt.prev.pt": 4, "ckpt-0000002.pt": 2, "ckpt-0000004.pt": 4, "ckpt-0000006.pt": 6}
+
+
+# ---- signals -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_saves(number, status, train, wrap_loss, handlers, tmp_path, capsys):
+    """A step cut short or lost, an evaluation that delays the exit, handlers that outlive the run."""
+    _, whole = train("ect", "--save-every", "100")
+    inside = []
+
+    def kill(it, *rest):
+        if it == 1 and not inside:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)                                              # until Python has run the handler
+            inside.extend(signal.getsignal(s) for s in handlers)
+    wrap_loss(kill)
+    with pytest.raises(SystemExit) as info:
+        train("ect", "--save-every", "100")
+    run = tmp_path / "runs/ect-digits-001"
+    assert info.value.code == status and ckpt(run)["it"] == 2 and not (run / "eval.jsonl").exists()
+    assert inside == [signal.SIG_DFL] * 2, "a second signal, of either kind, would not end the process at once"
+    assert {s: signal.getsignal(s) for s in handlers} == handlers
+    assert f"--resume {run}" in capsys.readouterr().out
+    train("ect", "--resume", str(run))
+    assert same(ckpt(whole), ckpt(run))
+
+
+def test_a_signal_ends_an_evaluation(train, monkeypatch, handlers, tmp_path):
+    """All is saved by then: an hour of sampling would only make the job's end be a kill -9."""
+    def sample(net, noise, y, args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        pytest.fail("the evaluation went on")
+    monkeypatch.setattr(ect, "sample", sample)
+    with pytest.raises(SystemExit) as info:
+        train("ect")
+    assert info.value.code == 143 and ckpt(tmp_path / "runs/ect-digits-000")["it"] == 2
+    assert {s: signal.getsignal(s) for s in handlers} == handlers, "Ctrl-C would then kill a notebook"
+
+
+def test_a_signal_while_saving_prevents_the_evaluation(train, monkeypatch, tmp_path):
+    """Between the last look at the flag and the evaluation it would go unseen, after the last step for good."""
+    def save(obj, f, real=torch.save):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        real(obj, f)
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(SystemExit) as info:
+        train("ect", "--iters", "1")
+    run = tmp_path / "runs/ect-digits-000"
+    assert info.value.code == 143 and ckpt(run)["it"] == 1 and not (run / "eval.jsonl").exists()
+
+
+def test_signals_to_a_real_process(train, tmp_path):
+    """What only a process shows: exit status, a handler that is never installed, a traceback."""
+    how = ["--dropout", "0.1", "--save-every", "100000"]
+    processes = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        out = tmp_path / number.name
+        words = [sys.executable, "ect.py", *TINY, "--teacher", "none", "--out", str(out), *how, "--iters", "100000"]
+        processes[number] = out, subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                                  text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    for number, (out, p) in processes.items():
+        log, end = out / "ect-digits-000/log.jsonl", time.time() + 60
+        while not log.exists() and p.poll() is None and time.time() < end:
+            time.sleep(0.02)
+        p.send_signal(number)
+    for number, (out, p) in processes.items():
+        stdout, stderr = p.communicate(timeout=60)
+        run = out / "ect-digits-000"
+        assert p.returncode == 128 + number and "Traceback" not in stderr, stderr
+        it = ckpt(run)["it"]
+        assert f"after step {it}, saved" in stdout
+    train("ect", "--resume", str(run), "--iters", str(it + 2))
+    _, whole = train("ect", *how, "--iters", str(it + 2))
+    assert same(ckpt(whole), ckpt(run))
+
+
+# ---- not finite ----------------------------------------------------------------------------------
+def nan_loss(*steps):
+    def change(it, net, loss, stats):
+        if it in steps:
+            stats["loss"][1] = math.nan
+            return loss * math.nan, stats
+    return change
+
+
+def nan_gradient(it, net, loss, stats):
+    if it == 3:                                                           # the slope of sqrt at 0, times 0
+        return loss + (next(net.parameters()).sum() * 0).sqrt(), stats
+
+
+@pytest.mark.parametrize("change, what", [(nan_loss(3), "loss"), (nan_gradient, "gradient")])
+def test_not_finite_stops_before_anything_is_saved(change, what, train, wrap_loss, handlers, tmp_path):
+    """A ruined network saved over a good one, and no trace of where it began."""
+    levels = []
+    wrap_loss(lambda it, net, loss, stats: levels.append(stats["t"].flatten()) or change(it, net, loss, stats))
+    with pytest.raises(FloatingPointError) as info:
+        train("ect", "--seed", "5")
+    run = tmp_path / "runs/ect-digits-000"
+    assert ckpt(run)["it"] == 2 and not (run / "ckpt.tmp").exists() and len(lines(run / "log.jsonl")) == 1
+    t = levels[3]
+    low, high, n = (t[1], t[1], 1) if what == "loss" else (t.min(), t.max(), 8)
+    assert str(info.value).startswith(f"step 3, seed 5, rank 0: {what} not finite, "
+                                      f"noise levels {low:.4g} .. {high:.4g} ({n} of 8 images)")
+    assert {s: signal.getsignal(s) for s in handlers} == handlers
+
+
+def test_max_skips_skips_the_update_and_no_more(train, wrap_loss, capsys, tmp_path):
+    """Weights, averages or optimiser touched by a skipped step; NaN in the log; more skips than allowed."""
+    wrap_loss(nan_loss(2))
+    _, run = train("ect", "--max-skips", "1", "--keep", "--save-every", "1", "--iters", "6", "--log-every", "3")
+    before, skipped, after = (ckpt(run, f"ckpt-000000{it}.pt") for it in (2, 3, 4))
+    assert same(before, skipped | dict(it=2)) and not equal(skipped["net"], after["net"])
+    assert "step 2, seed 0" in capsys.readouterr().err
+    assert all(math.isfinite(v) for r in lines(run / "log.jsonl") for v in r.values())
+    wrap_loss(nan_loss(3))                                                # on top of the one at step 2
+    with pytest.raises(FloatingPointError, match="step 3"):
+        train("ect", "--max-skips", "1")
+
+
+# ---- seeds ---------------------------------------------------------------------------------------
+def test_seeds_differ_in_every_respect():
+    """Noise used again by another step, part, rank or stream, or by the dropout mask."""
+    def draw(seed=0, rank=0, **where):
+        run.args.seed, run.rank = seed, rank
+        run.seed(**dict(dict(it=0, part=0, stream=0), **where))
+        return tuple(torch.randint(1 << 40, (2,)).tolist())
+    run = Run(tiny(), ect.__file__)
+    cube = [draw(seed, rank, it=it, part=part, stream=stream) for seed in range(3) for rank in range(3)
+            for it in range(4) for part in range(3) for stream in range(2)]
+    assert len(set(cube)) == len(cube) and draw() == draw()
+    assert draw(rank=0, it=-1) == draw(rank=1, it=-1) != draw(rank=1, it=-2)
+
+
+def test_runs_of_one_seed_are_equal_and_of_two_are_not(train):
+    a, b, c = (train("ect", "--seed", seed, "--dropout", "0.2", "--iters", "2")[1] for seed in "112")
+    assert same(ckpt(a), ckpt(b)) and not equal(weights(a), weights(c))
+
+
+def test_parts_of_a_batch_average_their_gradients(train, monkeypatch):
+    """The sum instead of the mean, one noise for all parts, the same images in each."""
+    seen = []
+    def sync(self, opt, it, real=Run.sync):
+        ok = real(self, opt, it)
+        seen.append([p.grad.clone() for g in opt.param_groups for p in g["params"]])
+        return ok
+    monkeypatch.setattr(Run, "sync", sync)
+    argv = ["--accum", "2", "--batch", "8", "--iters", "1"]
+    train("ect", *argv)
+
+    args, data = tiny(*argv), load("digits")
+    run = Run(args, ect.__file__)
+    run.seed(-1)
+    net = run.place(EDM(backbone(args, data), args.sd))
+    parts, images = [], []
+    for part in range(2):
+        run.seed(0, part)
+        x0, y = run.batch(data, 0, part)
+        loss, stats = ect.loss_fn(net, x0, y, 0, args, lambda: None)
+        parts.append(torch.autograd.grad(loss, list(net.parameters())))
+        images.append((x0, stats["t"]))
+    assert all(len(v) == 4 for v in images[0]) and not any(torch.equal(*v) for v in zip(*images))
+    for got, a, b in zip(seen[0], *parts, strict=True):
+        assert torch.allclose(got, (a + b) / 2, atol=1e-6)
+    assert torch.equal(torch.cat([x for x, _ in images]), data.batch(0, 8)[0]), "together they are the step's"
+
+
+def test_noise_of_an_image_is_its_own():
+    """Noise that depends on the batch, on k or on the global generator: FID would depend on the batch size."""
+    shape = (3, 4, 4)
+    whole = noise_of(range(6), 3, shape, "cpu")
+    assert whole.shape == (3, 6, *shape) and whole.dtype == torch.float64
+    torch.manual_seed(1)
+    assert torch.equal(noise_of([4, 1], 3, shape, "cpu"), whole[:, [4, 1]])
+    assert torch.equal(noise_of(torch.tensor([2]), 1, shape, "cpu"), whole[:1, 2:3])
+    assert torch.equal(noise_of(range(6), 2, shape, "cpu"), whole[:2])
+    assert not torch.equal(noise_of([0], 1, shape, "cpu", seed=1), whole[:1, :1])
+    assert len({float(v) for v in whole.flatten()}) == whole.numel(), "slices or images that repeat"
+    wide = noise_of(range(200), 2, shape, "cpu")
+    assert abs(wide.mean()) < 0.03 and abs(wide.std() - 1) < 0.02

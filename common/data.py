@@ -42,9 +42,9 @@ class Data:
 
     @property
     def sha256(self):
-        """Of the bytes of images [N, H, W, C] and labels: what config.json knows the data by."""
-        images = self.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return hashlib.sha256(images.tobytes() + self.labels.cpu().numpy().tobytes()).hexdigest()
+        """Of the bytes of images [N, C, H, W] and labels: what config.json knows the data by."""
+        images, labels = self.images.cpu().numpy(), self.labels.cpu().numpy()
+        return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 
 
 @lru_cache(maxsize=2)         # a step may straddle two epochs
@@ -146,7 +146,9 @@ def from_folder(folder, size):
     if bad:
         raise BadInput(f"{folder}: {len(bad)} of {len(files)} images are broken; remove or replace "
                        + ", ".join(bad[:3]) + ", .." * (len(bad) > 3))
-    return images[..., :1] if all(grey) else images, None if "" in names else labels
+    if all(grey):
+        images = images[..., :1].copy()
+    return images, None if "" in names else labels
 
 
 def decode(file, size):

@@ -129,15 +129,15 @@ def noise_of(ids, k, shape, device, seed=0):
 
 
 def picture(images, cols=0):
-    """uint8 [N, C, H, W] -> one PIL image, `cols` to a row; small images are enlarged without smoothing."""
+    """uint8 [N, C, H, W] -> one PIL image, `cols` to a row with grey lines between them; small images are enlarged
+    without smoothing."""
     n, c, h, w = images.shape
     cols = min(cols or math.ceil(n**0.5), n)
     rows, zoom = math.ceil(n / cols), max(1, 32 // h)
-    sheet = torch.full((rows * cols, c, h, w), 255, dtype=torch.uint8)
-    sheet[:n] = images.cpu()
-    sheet = sheet.expand(-1, 3, -1, -1).reshape(rows, cols, 3, h, w).permute(0, 3, 1, 4, 2)
-    sheet = sheet.reshape(rows * h, cols * w, 3).numpy()
-    return Image.fromarray(np.ascontiguousarray(sheet.repeat(zoom, 0).repeat(zoom, 1)))
+    sheet = torch.full((rows * cols, 3, h + 1, w + 1), 128, dtype=torch.uint8)
+    sheet[:n, :, :h, :w] = images.cpu()
+    sheet = sheet.view(rows, cols, 3, h + 1, w + 1).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)[:-1, :-1]
+    return Image.fromarray(sheet.numpy().repeat(zoom, 0).repeat(zoom, 1))
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -145,11 +145,7 @@ class Run:
     """runs/<method>-<dataset>-<nnn>/: config.json log.jsonl eval.jsonl ckpt.pt ckpt.prev.pt samples/ source/"""
 
     def __init__(self, args, file):
-        dev = args.device
-        if dev == "auto":
-            dev = "cuda" if torch.cuda.is_available() else "cpu"
-        if dev == "cuda" and not torch.cuda.is_available():
-            raise BadInput("--device cuda: no CUDA device here; leave --device out")
+        dev = device_of(args.device)
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device(f"cuda:{local}" if dev == "cuda" else dev)
         if dev == "cuda":
@@ -178,7 +174,10 @@ class Run:
             (args.log_every >= 1 and args.save_every >= 1, "--log-every and --save-every must be at least 1"),
             (args.grid >= 1, "--grid must be at least 1"),
             (0 <= args.dropout < 1, "--dropout must be in [0, 1)"),
-            (args.lr > 0, "--lr must be positive"),
+            (0 <= args.ema < 1, "--ema must be in [0, 1)"),
+            (0 < args.lr < math.inf, "--lr must be positive"),
+            (args.ch >= 4 and args.blocks >= 1 and min(args.mult, default=0) >= 1,
+             "--ch must be at least 4, --blocks at least 1, and so must every number of --mult"),
             (args.warmup >= 0, "--warmup must be 0 or more"),
             (not (args.shard and self.world == 1), "--shard needs several ranks; start with torchrun"),
             (0 < t_mid < getattr(args, "t_max", math.inf), "--t-mid must lie between 0 and --t-max"),
@@ -203,12 +202,13 @@ class Run:
     # -- start
     def place(self, net):
         """Move a network to the device; with --shard, split its weights over the ranks (FSDP2)."""
-        net = net.to(self.device, memory_format=torch.channels_last)
+        layout = torch.contiguous_format if self.args.shard else torch.channels_last  # FSDP2 takes no other
+        net = net.to(self.device, memory_format=layout)
         if self.args.shard:
             mesh = init_device_mesh(self.device.type, (self.world,))
             for block in [m for m in net.modules() if type(m).__name__.endswith("Block")]:
                 fully_shard(block, mesh=mesh)
-            fully_shard(net, mesh=mesh)
+            fully_shard(net, mesh=mesh, reshard_after_forward=True)      # ema has no backward that would
         return net
 
     def start(self, state, data):
@@ -269,6 +269,7 @@ class Run:
         for s in self.before:
             signal.signal(s, signal.SIG_DFL)                    # the second one leaves at once
         if self.evaluating:                                     # everything is saved by then
+            self.close()
             raise SystemExit(128 + signum)
 
     # -- each step
@@ -383,10 +384,10 @@ class Run:
             os.replace(tmp, new)
             if self.args.keep:
                 shutil.copy(new, self.dir / f"ckpt-{it:07d}.pt")
-        if self.stopping:
+        if stop := self.stopping or self.signum:                # the latter: it came while saving
             self.close()
             say(f"stopped by a signal after step {it}, saved; go on with --resume {self.dir}")
-            raise SystemExit(128 + self.stopping)
+            raise SystemExit(128 + stop)
 
     def restore(self, state):
         ckpt = load_checkpoint(self.dir, self.device)
@@ -515,6 +516,15 @@ def load_checkpoint(path, device="cpu"):
         except Exception as e:                                  # torch raises many kinds for a damaged file
             say(f"{f} cannot be read ({type(e).__name__}); trying the checkpoint before it")
     raise BadInput(f"no readable checkpoint in {path}; name a run folder or a ckpt.pt")
+
+
+def device_of(flag):
+    """--device -> cuda, cpu or mps. Raises BadInput if it is not there."""
+    if flag == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if flag != "cpu" and not (torch.cuda if flag == "cuda" else torch.backends.mps).is_available():
+        raise BadInput(f"--device {flag}: there is no such device here; leave --device out")
+    return flag
 
 
 def memory(device):

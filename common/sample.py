@@ -2,7 +2,8 @@
 
 Images from any run: a run folder, or one of its checkpoints. --out ends in .png: one grid; in .npz: arrays
 `images` [N, H, W, C] uint8 and `labels`, which --dataset reads again; otherwise: a folder of PNG files."""
-import importlib
+import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from common import teacher
 from common.fid import quantise
-from common.run import BadInput, Parser, config_of, integers, noise_of, picture
+from common.run import BadInput, Parser, config_of, device_of, integers, noise_of, picture
 
 
 def flags(argv=None):
@@ -36,16 +37,20 @@ def main(argv=None):
     path, out = Path(a.run), Path(a.out)
     config = config_of(path if path.is_dir() else path.parent)
     name = config["about"]["script"]
+    if not importlib.util.find_spec(name):
+        raise BadInput(f"{path} was made by {name}.py, which is not here; put it back")
     method = importlib.import_module(name)
     args = method.Args(**{k: v for k, v in config.items() if k in method.Args.__dataclass_fields__})
     args.steps = args.steps if a.steps is None else a.steps
     if a.t_mid is not None:
+        if not hasattr(args, "t_mid") or not 0 < a.t_mid < getattr(args, "t_max", math.inf):
+            raise BadInput("--t-mid must lie between 0 and the run's --t-max; diffusion models have none")
         args.t_mid = a.t_mid
     if args.steps < 1 or a.n < 1 or a.batch < 1:
         raise BadInput("--steps, --n and --batch must be at least 1")
     if out.suffix not in (".png", ".npz") and out.exists() and (out.is_file() or any(out.iterdir())):
         raise BadInput(f"--out {out} exists already; name a new folder, a .png or a .npz")
-    device = a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(a.device)
     net = teacher.load(path, device)
     kwargs = net.model.kwargs
     labels = None

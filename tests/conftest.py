@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                                  # the suite's own speed; also steadier sums
 METHODS = [m for m in ("cd", "ct", "ict", "ect", "scm", "rcm") if (ROOT / f"{m}.py").exists()]
 TINY = ["--device", "cpu", "--ch", "16", "--blocks", "1", "--attn", "4", "--iters", "4", "--batch", "8", "--grid", "4",
-        "--log-every", "2", "--save-every", "2"]
+        "--warmup", "0", "--log-every", "2", "--save-every", "2"]
 
 
 def pytest_configure(config):
@@ -70,6 +70,11 @@ def equal(a, b):
 def lines(file):
     """The objects of a .jsonl file."""
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def pixels(cols, rows, side=8):
+    """Size of a picture of images with `side` pixels a side, enlarged to 32, and one pixel between them."""
+    return tuple((n * (side + 1) - 1) * max(1, 32 // side) for n in (cols, rows))
 
 
 def snapshot(folder):

@@ -19,7 +19,7 @@ def images(seed, n=100, size=16, channels=3, top=256):
 
 @pytest.mark.parametrize("rank", [12, 5])
 def test_frechet_equals_the_matrix_square_root(rank):
-    """The root of a product is not the product of roots, and a pixel that is always black makes it singular."""
+    """The root of a product is not the product of roots; a pixel that is always black makes it singular."""
     linalg = pytest.importorskip("scipy.linalg")
     (m, C), (n, D) = moments(0), moments(1, rank=rank)
     root = linalg.sqrtm((C @ D).numpy()).real.trace()
@@ -53,7 +53,8 @@ def test_pixels_against_sums_by_hand():
     """Averages of 2x2 blocks in [-1, 1], unbiased covariance: no other pooling, scale or divisor."""
     linalg = pytest.importorskip("scipy.linalg")
     real, fake = images(1, 300), images(2, 300) // 2
-    m, n = (x.numpy().reshape(300, 3, 8, 2, 8, 2).mean((3, 5)).reshape(300, -1) / 127.5 - 1 for x in (real, fake))
+    average = lambda x: x.numpy().reshape(300, 3, 8, 2, 8, 2).mean((3, 5)).reshape(300, -1) / 127.5 - 1
+    m, n = average(real), average(fake)
     C, D = np.cov(m, rowvar=False), np.cov(n, rowvar=False)
     expect = ((m.mean(0) - n.mean(0)) ** 2).sum() + np.trace(C + D) - 2 * linalg.sqrtm(C @ D).real.trace()
     assert fd_pixels(real, fake) == pytest.approx(expect, rel=1e-5)
@@ -69,7 +70,7 @@ def test_enlarged_images_have_the_same_distance():
 
 
 def test_quantise_truncates_and_clips():
-    """Rounding or a wrap-around past 255 moves every figure; bytes have to survive the way to [-1, 1] and back."""
+    """Rounding or a wrap-around past 255 moves every figure; bytes have to survive the way there and back."""
     x = torch.tensor([-5.0, -1, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 0, 1, 1.01, 5])
     assert quantise(x).tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
     every = torch.arange(256).byte()

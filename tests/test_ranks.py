@@ -1,0 +1,245 @@
+"""torchrun starts two processes once; each runs work() and saves what it saw; the tests compare the two."""
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, TINY, equal, lines, weights
+
+import ect
+from common import run as runs
+from common import teacher as teachers
+from common.data import load
+from common.precond import EDM, backbone
+from common.run import Run, parse
+
+
+def flags(out, *argv):
+    start = [*TINY, "--teacher", "none", "--lr", "1e-3", "--out", str(out)]
+    return parse(ect.Args, ect.PRESETS, start + list(argv))
+
+
+def blend(noise, y):
+    """In the place of a sampler: an image of its own noise and label."""
+    return (noise.sum(0) * 0.3 + (y.view(-1, 1, 1, 1) - 4) / 10).clamp(-1, 1)
+
+
+# ---- in each of the two processes ----------------------------------------------------------------
+def work(out):
+    data, saw = load("digits"), {}
+    saw["refusal"] = caught(lambda: Run(flags(out, "--batch", "7"), ect.__file__))
+
+    args = flags(out / "loop", "--max-skips", "1", "--batch", "8", "--accum", "2", "--cond", "--flip")
+    run = Run(args, ect.__file__)
+    run.seed(-1)
+    net = run.place(EDM(backbone(args, data), args.sd))
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    run.start(dict(net=net, opt=opt), data)
+    saw["batches"] = [run.batch(data, 5, part) for part in range(2)]
+    saw["images"] = run.generate(data, 7, 2, blend)
+
+    def grads():
+        return torch.cat([p.grad.flatten() for p in net.parameters()])
+    for it, ruin in enumerate((False, rank == 0, rank == 1)):             # on none, on one, on the other
+        run.seed(it)
+        opt.zero_grad()
+        loss, stats = ect.loss_fn(net, *run.batch(data, it), it, args, lambda: None)
+        (loss * (float("nan") if ruin else 1)).backward()
+        run.count(stats)
+        before = grads().clone()
+        saw[f"sync{it}"] = caught(lambda: run.sync(opt, it)), before, grads()
+
+    for kind, argv in (("plain", []), ("shard", ["--shard"])):      # no dropout: masks follow the layout
+        saw[kind] = train(out / kind, "--accum", "2", "--keep", "--log-every", "1", *argv)
+        saw[f"{kind} resumed"] = train(out, "--resume", half(out / kind))
+    saw["stopped"] = train(out / "stopped", "--save-every", "100", at_1=stop)
+    saw["shard nan"] = train(out / "nan", "--shard", "--max-skips", "1", "--save-every", "4", at_1=spoil)
+    torch.save(saw, out / f"{rank}.pt")
+
+
+def caught(call):
+    """What a call returns; or the kind of its exception, its text and what it wrote to stderr."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            return call()
+        except (SystemExit, FloatingPointError) as e:
+            return type(e).__name__, str(e), err.getvalue()
+
+
+def train(out, *argv, at_1=None):
+    """main(); its result, this rank's losses, the answers of sync() and the last weights that were saved."""
+    seen, real_loss, real_sync, real_save = dict(loss=[], ok=[]), ect.loss_fn, Run.sync, Run.save
+
+    def loss_fn(net, x0, y, it, args, reseed):
+        loss, stats = real_loss(net, x0, y, it, args, reseed)
+        seen["loss"].append(float(loss.detach()))
+        return at_1(loss, stats) if at_1 and it == 1 else (loss, stats)
+
+    def sync(self, opt, it):
+        seen["ok"].append(real_sync(self, opt, it))
+        return seen["ok"][-1]
+
+    def save(self, it, state):
+        seen["net"] = {k: v.clone() for k, v in runs.full(state["net"].state_dict()).items()}
+        real_save(self, it, state)
+
+    ect.loss_fn, Run.sync, Run.save = loss_fn, sync, save
+    try:
+        args = parse(ect.Args, ect.PRESETS, list(argv)) if "--resume" in argv else flags(out, *argv)
+        seen["result"] = caught(lambda: ect.main(args))
+    finally:
+        ect.loss_fn, Run.sync, Run.save = real_loss, real_sync, real_save
+    return seen
+
+
+def stop(loss, stats):
+    """Rank 1 alone is told to stop."""
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    return loss, stats
+
+
+def spoil(loss, stats):
+    return loss * (float("nan") if rank == 0 else 1), stats
+
+
+def half(out):
+    """A copy of the run below `out` that has just saved step 2."""
+    from test_run import back_to
+    if rank == 0:
+        back_to(out / "ect-digits-000", 2, out / "half")
+    dist.barrier()
+    return str(out / "half")
+
+
+if __name__ == "__main__":
+    rank, runs.FD_IMAGES = int(os.environ["RANK"]), 64
+    work(Path(sys.argv[1]))
+    sys.exit()
+
+
+# ---- afterwards, in the process of the tests -----------------------------------------------------
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    p = subprocess.run([*torchrun, __file__, str(out)], capture_output=True, text=True, timeout=300, cwd=ROOT,
+                       env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert p.returncode == 0, p.stderr[-6000:]
+    assert p.stdout.count("network ") == 7, "one table for each run, from the first rank"
+    return out
+
+
+@pytest.fixture(scope="module")
+def both(out):
+    return [torch.load(out / f"{i}.pt", weights_only=False) for i in range(2)]
+
+
+def test_gradients_become_the_mean_over_the_ranks(both):
+    """Ranks that drift apart, or that saw the same noise and images and gained nothing."""
+    (ok0, a, mean0), (ok1, b, mean1) = (saw["sync0"] for saw in both)
+    assert ok0 is True and ok1 is True and (a - b).abs().max() > 1e-3 * a.abs().max(), "equal before"
+    assert torch.equal(mean0, mean1) and torch.allclose(mean0, (a + b) / 2, rtol=1e-5, atol=1e-8)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(both):
+    """A rank that skips alone has other weights ever after; one that stops alone lets the others wait."""
+    for saw in both:
+        assert saw["sync1"][0] is False, "bad on rank 0"
+        kind, text, err = saw["sync2"][0]
+        assert kind == "FloatingPointError" and "step 2, seed 0" in text, "bad on rank 1, the second"
+    assert not both[0]["sync1"][1].isfinite().all() and both[1]["sync1"][1].isfinite().all()
+    assert "another rank" in both[0]["sync2"][0][1] and "rank 1: gradient" in both[1]["sync2"][0][1]
+
+
+def test_the_images_of_a_step_do_not_depend_on_the_ranks(both):
+    """Each rank shuffling on its own: images twice in a step, and others for other numbers of ranks."""
+    x, y = (torch.cat(v) for v in zip(*both[0]["batches"], *both[1]["batches"]))
+    whole = load("digits").batch(5, 8, flip=True)
+    assert torch.equal(x, whole[0]) and torch.equal(y, whole[1])
+
+
+def test_generated_images_do_not_depend_on_the_ranks(both, tmp_path):
+    """Images in another order, with another's label, or twice where the ranks do not divide their number."""
+    alone = Run(flags(tmp_path, "--cond"), ect.__file__)
+    for n, k in ((7, 2), (3, 2)):
+        images = alone.generate(load("digits"), n, k, blend)
+        assert all(torch.equal(images, saw["images"][:n]) for saw in both)
+    assert len(both[0]["images"]) == 7 and len({tuple(i.flatten().tolist()) for i in images}) == 3
+
+
+def test_a_run_on_two_ranks(both, out):
+    """Two folders, weights that drift apart, a log of the first rank only, a result that one rank lacks."""
+    a, b = (saw["plain"] for saw in both)
+    run = out / "plain/ect-digits-000"
+    assert [p.name for p in run.parent.iterdir() if p.name != "half"] == ["ect-digits-000"]
+    assert equal(a["net"], b["net"]) and equal(a["net"], weights(run)) and a["result"] == b["result"]
+    assert a["result"]["run"] == str(run) and a["result"].keys() >= {"fd_pixels_1step", "fd_pixels_2step"}
+    parts = torch.tensor([a["loss"], b["loss"]]).view(2, 4, 2)            # rank, step, part
+    log = lines(run / "log.jsonl")
+    assert torch.allclose(torch.tensor([r["loss"] for r in log]), parts.mean((0, 2)), rtol=1e-4)
+    assert len({float(v) for v in parts.flatten()}) == 16 and len(lines(run / "eval.jsonl")) == 4
+    assert json.loads((run / "config.json").read_text())["about"]["ranks"] == 2
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(both, out):
+    """A rank that leaves alone lets the others wait for it until the job is killed, unsaved."""
+    for saw in both:
+        assert saw["stopped"]["result"][:2] == ("SystemExit", "143") and saw["stopped"]["ok"] == [True, True]
+    saved = torch.load(out / "stopped/ect-digits-000/ckpt.pt")
+    assert saved["it"] == 2 and equal(saved["net"], both[1]["stopped"]["net"])
+
+
+@pytest.mark.parametrize("kind", ["plain", "shard"])
+def test_resume_on_two_ranks_is_exact(kind, out, both):
+    """Optimiser state that is lost, gathered in the wrong order or restored to the wrong rank."""
+    from test_run import ckpt, same
+    whole, again = (out / kind / name for name in ("ect-digits-000", "half"))
+    assert same(ckpt(whole), ckpt(again)) and len(both[0][f"{kind} resumed"]["ok"]) == 2
+    first, second = ([r["loss"] for r in lines(run / "log.jsonl")] for run in (whole, again))
+    assert second == first + first[2:]
+
+
+def test_a_sharded_run_equals_an_unsharded_one(both, out):
+    """Gradients summed instead of averaged, weights left whole after sampling, half a checkpoint.
+    Another memory layout sums in another order, and the norm in the loss magnifies that; hence 2e-3."""
+    def near(a, b):
+        return a.shape == b.shape and a.dtype == b.dtype and (a - b).norm() <= 2e-3 * a.norm()
+    a, b = (out / kind / "ect-digits-000" for kind in ("plain", "shard"))
+    for x, y in zip(lines(a / "log.jsonl"), lines(b / "log.jsonl"), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+    x, y = (torch.load(run / "ckpt.pt", weights_only=True) for run in (a, b))
+    for part in ("net", "ema"):
+        assert list(x[part]) == list(y[part]) and not equal(x[part], torch.load(b / "ckpt.prev.pt")[part])
+        assert all(near(x[part][k], y[part][k]) for k in x[part])
+    assert x["model"] == y["model"] and x["opt"]["param_groups"] == y["opt"]["param_groups"]
+    for i, state in x["opt"]["state"].items():
+        assert all(near(v, y["opt"]["state"][i][k]) for k, v in state.items())
+    noise, t = torch.randn(2, 1, 8, 8), torch.ones(2, 1, 1, 1)
+    assert near(teachers.load(a)(noise, t), teachers.load(b)(noise, t))
+    for r, s in zip(lines(a / "eval.jsonl"), lines(b / "eval.jsonl"), strict=True):
+        assert (r["it"], r["steps"]) == (s["it"], s["steps"])
+        assert r["value"] == pytest.approx(s["value"], abs=0.05)
+
+
+def test_a_sharded_run_skips_on_all_ranks(both, out):
+    """FSDP2 has mixed the bad gradient into all shards by then; no rank may use its own."""
+    assert [saw["shard nan"]["ok"] for saw in both] == [[True, False, True, True]] * 2
+    assert all(v.isfinite().all() for v in weights(out / "nan/ect-digits-000").values())
+
+
+def test_a_mistake_is_reported_once(both):
+    """As many error lines as ranks."""
+    (kind, code, err), (other, code_1, silence) = (saw["refusal"] for saw in both)
+    assert (kind, code) == (other, code_1) == ("BadInput", "2") and silence == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and "2 x 1" in err

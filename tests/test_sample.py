@@ -1,0 +1,155 @@
+"""python -m common.sample: every docstring says which mistake the test catches."""
+import numpy as np
+import pytest
+import torch
+from conftest import pixels, snapshot
+from PIL import Image
+
+from common import sample
+from common.data import load
+
+
+@pytest.fixture
+def draw(tmp_path):
+    """Call main(); return its images [N, C, H, W] as int, their labels, and the file or folder."""
+    def go(run, *argv, out="grid.png"):
+        images, labels = sample.main([str(run), "--out", str(tmp_path / out), "--n", "6", *map(str, argv)])
+        return images.int(), labels, tmp_path / out
+    return go
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """The one line with which main() refuses its flags, having left everything as it was."""
+    def go(*argv):
+        monkeypatch.chdir(tmp_path)                                               # for the default --out
+        before = snapshot(tmp_path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as info:
+            sample.main(list(map(str, argv)))
+        err = capsys.readouterr().err
+        assert info.value.code == 2 and snapshot(tmp_path) == before
+        assert err.startswith("error: ") and err.count("\n") == 1
+        return err
+    return go
+
+
+def close(a, b):
+    """Equal up to the last bit of a byte: sums over another batch may end on the other side of it."""
+    return a.shape == b.shape and (a - b).abs().max() <= 1
+
+
+def test_image_i_depends_on_the_seed_and_i_alone(train, draw):
+    """Images that change with --batch or --n could not be drawn in shares; a seed that changes nothing."""
+    _, run = train("ect", "--lr", "1e-3")
+    whole, labels, _ = draw(run)
+    assert whole.shape == (6, 1, 8, 8) and labels is None
+    assert all((a - b).abs().max() > 9 for i, a in enumerate(whole) for b in whole[:i]), "an image twice"
+    assert close(draw(run, "--batch", 4)[0], whole) and close(draw(run, "--n", 3)[0], whole[:3])
+    assert torch.equal(draw(run, "--seed", 0)[0], whole) and not close(draw(run, "--seed", 1)[0], whole)
+
+
+def test_steps_and_t_mid_are_the_runs_unless_given(train, draw, capsys):
+    """Flags that do not reach the sampler, or defaults of the script instead of the run's."""
+    _, run = train("ect", "--lr", "1e-3", "--steps", "3", "--t-mid", "0.5")
+    own = draw(run)[0]
+    assert "6 images in 3 steps" in capsys.readouterr().out
+    assert torch.equal(own, draw(run, "--steps", 3, "--t-mid", 0.5)[0])
+    assert not close(own, draw(run, "--steps", 1)[0]) and not close(own, draw(run, "--t_mid", 3)[0])
+    assert torch.equal(draw(run, "--steps", 1)[0], draw(run, "--steps", 1, "--t-mid", 3)[0])
+
+
+def test_a_checkpoint_in_the_folder(train, draw):
+    """The newest weights drawn whichever file was named; raw instead of averaged weights."""
+    _, run = train("ect", "--lr", "1e-3", "--keep")
+    last = draw(run)[0]
+    assert torch.equal(draw(run / "ckpt.pt")[0], last)
+    assert not close(draw(run / "ckpt-0000002.pt")[0], last)
+    saved = torch.load(run / "ckpt.pt")
+    torch.save(saved | dict(net=saved["ema"]), run / "ckpt.pt")
+    assert torch.equal(draw(run)[0], last)
+
+
+def test_a_grid_of_evaluation_can_be_drawn_again(train, draw):
+    """Other noise, levels or quantisation here than in training."""
+    _, run = train("ect", "--lr", "1e-3", "--grid", "6")
+    for k in (1, 2):
+        again = np.asarray(Image.open(draw(run, "--steps", k)[2])).astype(int)
+        first = np.asarray(Image.open(run / f"samples/0000004_{k}step.png"))
+        assert again.shape == first.shape and abs(again - first).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_written_can_be_read_again(channels, train, draw, tmp_path):
+    """Channels last or first, labels lost, bytes changed on the way to .npz and PNG files and back."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, channels), np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(20) % 4)
+    _, run = train("ect", "--dataset", str(tmp_path / "mine.npz"), "--cond", "--iters", "1", "--mult", "1")
+    made, labels, file = draw(run, out="deep/er/some.npz")
+    again = load(str(file))
+    assert torch.equal(again.images.int(), made) and torch.equal(again.labels, labels)
+    assert labels.tolist() == [0, 1, 2, 3, 0, 1] and made.shape == (6, channels, 8, 8)
+    made, _, folder = draw(run, out="folder")
+    assert [p.name for p in sorted(folder.iterdir())] == [f"{i:06d}.png" for i in range(6)]
+    assert torch.equal(load(str(folder), size=8).images.int(), made)
+    made, _, file = draw(run, out="some.png")
+    assert Image.open(file).size == pixels(4, 2), "a column for each of 4 classes"
+    sheet = np.asarray(Image.open(file))[::4, ::4]                                # 8 pixels are shown as 32
+    assert np.array_equal(sheet[:8, 9:17], made[1].permute(1, 2, 0).expand(-1, -1, 3))
+
+
+def test_classes_reach_the_network(train, draw, monkeypatch):
+    """Labels that are written but not drawn."""
+    import ect
+    _, run = train("ect", "--cond", "--iters", "1")
+    seen = []
+    monkeypatch.setattr(ect, "sample", lambda net, noise, y, args: seen.append(y) or noise[0] * 0)
+    _, labels, file = draw(run, "--classes", "7,3", "--batch", 4)
+    assert labels.tolist() == [7, 3, 7, 3, 7, 3] and [y.tolist() for y in seen] == [[7, 3, 7, 3], [7, 3]]
+    assert Image.open(file).size == pixels(2, 3)
+
+
+def test_teachers_are_sampled_by_their_own_method(train, draw, refused, capsys):
+    """One step or the consistency sampler for a diffusion model; a --t-mid that does nothing."""
+    _, run = train("common.teacher", "--iters", "2", "--grid", "6", "--warmup", "1")
+    made, _, file = draw(run)
+    assert "in 18 steps" in capsys.readouterr().out
+    first = np.asarray(Image.open(run / "samples/0000002_teacher.png"))
+    assert abs(np.asarray(Image.open(file)).astype(int) - first).max() <= 1
+    assert not close(draw(run, "--steps", 3)[0], made)
+    assert "--t-mid" in refused(run, "--t-mid", 1)
+
+
+@pytest.mark.parametrize("argv, hint", [
+    (["--steps", "0"], "--steps"), (["--n", "0"], "--n"), (["--batch", "0"], "--batch"),
+    (["--step", "2"], "--step"), (["--classes", "1"], "--cond"), (["--n", "many"], "invalid int"),
+    (["--device", "tpu"], "tpu"),
+    (["--t-mid", "0"], "--t-mid"), (["--t-mid", "99"], "--t-mid"), (["--device", "cuda"], "cuda"),
+    (["--out", "{run}"], "exists"), (["--out", "{run}/config.json"], "exists")])
+def test_bad_input_is_refused(argv, hint, train, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _, run = train("ect", "--iters", "1", "--mult", "1")
+    assert hint in refused(run, *(word.format(run=run) for word in argv))
+
+
+def test_what_cannot_be_sampled_is_refused(train, refused, tmp_path):
+    """No run, no checkpoint, a damaged one, labels out of range, a script that is gone."""
+    _, run = train("ect", "--iters", "1", "--mult", "1", "--cond")
+    assert "absent" in refused(tmp_path / "absent" / "run")
+    assert "no run folder" in refused(tmp_path)
+    assert "ckpt-7.pt" in refused(run / "ckpt-7.pt")
+    assert "0 .. 9" in refused(run, "--classes", "3,10") and "0 .. 9" in refused(run, "--classes", "-1")
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"script": "ect"', '"script": "gone"'))
+    assert "gone" in refused(run)
+    (run / "config.json").write_text(config)
+    (run / "ckpt.pt").write_bytes(b"")
+    assert "no readable checkpoint" in refused(run)
+
+
+def test_the_command_itself(train, shell, tmp_path):
+    """A module that imports but does not start, or does not find the method beside common/."""
+    _, run = train("ect", "--iters", "1", "--mult", "1")
+    p = shell("-m", "common.sample", run, "--n", "2", "--out", tmp_path / "x.png")
+    assert p.returncode == 0 and p.stdout == f"2 images in 2 steps: {tmp_path / 'x.png'}\n", p.stderr
+    assert Image.open(tmp_path / "x.png").size == pixels(2, 1)

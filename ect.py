@@ -6,7 +6,7 @@ Idea    A diffusion model is a consistency model for pairs (t, r = 0). Start fro
         noise levels, no teacher in the loss, no moving target: the network is its own target.
 
 One training step
-    t       ~  lognormal(P_mean, P_std)                # continuous noise level       [Sec. 3.2]
+    t       ~  lognormal(P_mean, P_std)                # continuous noise level
     gap     <- t * min(1, n(t) / q^a),  r = t - gap    # n(t) = 1 + k*sigmoid(-b*t)
                                                        # a = 1 + it // double
     f_t     =  f(x0 + t*eps, t)                        # gradient flows here
@@ -110,7 +110,8 @@ def times(n, it, args, device):
     """Draw n noise levels t and their gaps t - r, each [n, 1, 1, 1], 0 < gap <= t."""
     t = (torch.randn(n, 1, 1, 1, device=device) * args.P_std + args.P_mean).exp()
     n_t = 1 + args.k * torch.sigmoid(-args.b * t)
-    gap = t * (n_t / args.q ** (1 + it // args.double)).clamp(max=1)
+    a = 1 + it // args.double
+    gap = t * (n_t * args.q**-a).clamp(max=1)
     return t, gap                     # the gap itself: t - r would lose digits when r is close to t
 
 

@@ -22,5 +22,5 @@ def fd_pixels(real, fake):
     too small for Inception and for runs without a GPU."""
     def moments(images):
         x = F.adaptive_avg_pool2d(images.cpu().double() / 127.5 - 1, 8).flatten(1)
-        return x.mean(0), x.T.cov()
+        return x.mean(0), x.T.cov(correction=min(1, len(x) - 1))    # a single image has no spread
     return frechet(*moments(real), *moments(fake))

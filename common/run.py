@@ -441,20 +441,20 @@ class Run:
 
     def finish(self, it, data, draw, **how):
         """Evaluate once more if the last step was not, print the table, return {"fd_pixels_2step": value, ..}."""
-        self.close()
         if self.evaluated != it:
             self.evaluate(it, data, draw, **how)
+        self.close()
         if self.world > 1:
             dist.barrier()                                      # rank 0 has written its lines
-        last = {(s["net"] != "teacher", s["steps"]): s for s in figures(self.dir)}       # the last one wins
-        rows = [last[k] for k in sorted(last) if not k[0] or k[1] in (1, self.args.steps)]
+        name = lambda s: "teacher" if s["net"] == "teacher" else f"{s['steps']}step"
+        last = {name(s): s for s in figures(self.dir)}          # the last one wins
+        rows = [last[k] for k in dict.fromkeys(["teacher", "1step", f"{self.args.steps}step"]) if k in last]
         say(f"\nFD (pixels) of {rows[-1]['n']:,} images, lower is better")
         for s in rows:
             what = "Heun step" if s["net"] == "teacher" else "step"
             label = f"{'teacher, ' * (what != 'step')}{s['steps']} {what}{'s' * (s['steps'] > 1)}"
             say(f"  {label + (f', t_mid {t:g}' if (t := s['t_mid']) else ''):26}{s['value']:8.3f}")
         say(f"grids in {self.dir / 'samples'}, weights in {self.dir / 'ckpt.pt'}")
-        name = lambda s: "teacher" if s["net"] == "teacher" else f"{s['steps']}step"
         return dict(run=str(self.dir)) | {f"{s['metric']}_{name(s)}": s["value"] for s in rows}
 
     def close(self):
@@ -471,10 +471,10 @@ def numbered(out, stem):
 
 def config_of(folder):
     """The flags of a run folder, with `about`. Raises BadInput."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise BadInput(f"{folder} is no run folder: it has no config.json")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise BadInput(f"{folder} is no run folder: its config.json is missing or damaged")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 

@@ -69,6 +69,13 @@ def test_enlarged_images_have_the_same_distance():
     assert abs(fd_pixels(real, real)) < 1e-5
 
 
+def test_a_single_image_has_no_spread():
+    """NaN out of 0 / 0, of which eigh finds no eigenvalues; training on one image is a common check."""
+    one, other = images(5, n=1, size=8), images(6, n=1, size=8)
+    expect = ((one.double() - other.double()) / 127.5).square().sum()
+    assert fd_pixels(one, other) == pytest.approx(float(expect))
+
+
 def test_quantise_truncates_and_clips():
     """Rounding or a wrap-around past 255 moves every figure; bytes have to survive the way there and back."""
     x = torch.tensor([-5.0, -1, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 0, 1, 1.01, 5])

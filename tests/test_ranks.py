@@ -1,5 +1,6 @@
 """torchrun starts two processes once; each runs work() and saves what it saw; the tests compare the two."""
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -34,7 +35,8 @@ def blend(noise, y):
 
 # ---- in each of the two processes ----------------------------------------------------------------
 def work(out):
-    data, saw = load("digits"), {}
+    data, saw, new_folder = load("digits"), {}, Run.new_folder
+    Run.new_folder = lambda *a: time.sleep(rank / 10) or new_folder(*a)   # rank 1 comes too late to choose it
     saw["refusal"] = caught(lambda: Run(flags(out, "--batch", "7"), ect.__file__))
 
     args = flags(out / "loop", "--max-skips", "1", "--batch", "8", "--accum", "2", "--cond", "--flip")
@@ -60,8 +62,9 @@ def work(out):
     for kind, argv in (("plain", []), ("shard", ["--shard"])):      # no dropout: masks follow the layout
         saw[kind] = train(out / kind, "--accum", "2", "--keep", "--log-every", "1", *argv)
         saw[f"{kind} resumed"] = train(out, "--resume", half(out / kind))
-    saw["stopped"] = train(out / "stopped", "--save-every", "100", at_1=stop)
-    saw["shard nan"] = train(out / "nan", "--shard", "--max-skips", "1", "--save-every", "4", at_1=spoil)
+    saw["stopped"] = train(out / "stopped", "--save-every", "100", at={1: stop})
+    saw["shard stopped"] = train(out / "nan", "--shard", "--save-every", "100", "--max-skips", "1",
+                                 at={1: spoil, 2: stop})
     torch.save(saw, out / f"{rank}.pt")
 
 
@@ -75,14 +78,15 @@ def caught(call):
             return type(e).__name__, str(e), err.getvalue()
 
 
-def train(out, *argv, at_1=None):
+def train(out, *argv, at={}):
     """main(); its result, this rank's losses, the answers of sync() and the last weights that were saved."""
-    seen, real_loss, real_sync, real_save = dict(loss=[], ok=[]), ect.loss_fn, Run.sync, Run.save
+    seen, real_loss, real_sync, real_save = dict(loss=[], gap=[], ok=[]), ect.loss_fn, Run.sync, Run.save
 
     def loss_fn(net, x0, y, it, args, reseed):
         loss, stats = real_loss(net, x0, y, it, args, reseed)
         seen["loss"].append(float(loss.detach()))
-        return at_1(loss, stats) if at_1 and it == 1 else (loss, stats)
+        seen["gap"].append(float(stats["gap"]))
+        return at[it](loss, stats) if it in at else (loss, stats)
 
     def sync(self, opt, it):
         seen["ok"].append(real_sync(self, opt, it))
@@ -124,6 +128,7 @@ def half(out):
 
 if __name__ == "__main__":
     rank, runs.FD_IMAGES = int(os.environ["RANK"]), 64
+    faulthandler.dump_traceback_later(120, exit=True)                     # ranks that wait for each other
     work(Path(sys.argv[1]))
     sys.exit()
 
@@ -185,10 +190,12 @@ def test_a_run_on_two_ranks(both, out):
     assert [p.name for p in run.parent.iterdir() if p.name != "half"] == ["ect-digits-000"]
     assert equal(a["net"], b["net"]) and equal(a["net"], weights(run)) and a["result"] == b["result"]
     assert a["result"]["run"] == str(run) and a["result"].keys() >= {"fd_pixels_1step", "fd_pixels_2step"}
-    parts = torch.tensor([a["loss"], b["loss"]]).view(2, 4, 2)            # rank, step, part
-    log = lines(run / "log.jsonl")
-    assert torch.allclose(torch.tensor([r["loss"] for r in log]), parts.mean((0, 2)), rtol=1e-4)
-    assert len({float(v) for v in parts.flatten()}) == 16 and len(lines(run / "eval.jsonl")) == 4
+    for name in ("loss", "gap"):
+        parts = torch.tensor([a[name], b[name]]).view(2, 4, 2)            # rank, step, part
+        logged = torch.tensor([r[name] for r in lines(run / "log.jsonl")])
+        assert torch.allclose(logged, parts.mean((0, 2)), rtol=1e-4)
+        assert len({float(v) for v in parts.flatten()}) == 16
+    assert len(lines(run / "eval.jsonl")) == 4
     assert json.loads((run / "config.json").read_text())["about"]["ranks"] == 2
 
 
@@ -232,10 +239,13 @@ def test_a_sharded_run_equals_an_unsharded_one(both, out):
         assert r["value"] == pytest.approx(s["value"], abs=0.05)
 
 
-def test_a_sharded_run_skips_on_all_ranks(both, out):
-    """FSDP2 has mixed the bad gradient into all shards by then; no rank may use its own."""
-    assert [saw["shard nan"]["ok"] for saw in both] == [[True, False, True, True]] * 2
-    assert all(v.isfinite().all() for v in weights(out / "nan/ect-digits-000").values())
+def test_a_sharded_run_skips_and_stops_on_all_ranks(both, out):
+    """FSDP2 averages gradients, but no flags: rank 0 had a bad loss in step 1, rank 1 a signal in step 2."""
+    for saw in both:
+        assert saw["shard stopped"]["ok"] == [True, False, True]
+        assert saw["shard stopped"]["result"][:2] == ("SystemExit", "143")
+    saved = torch.load(out / "nan/ect-digits-000/ckpt.pt")
+    assert saved["it"] == 3 and all(v.isfinite().all() for v in saved["net"].values())
 
 
 def test_a_mistake_is_reported_once(both):

@@ -227,6 +227,8 @@ def test_a_resume_that_contradicts_the_run_is_refused(refuses, train):
     assert "made by ect" in refuses("--resume", run, script=teachers)
     (run / "ckpt.pt").write_bytes(b"not a checkpoint")
     assert "no readable checkpoint" in refuses("--resume", run)
+    (run / "config.json").write_text("")
+    assert "damaged" in refuses("--resume", run)
 
 
 def test_a_place_that_cannot_be_written_is_refused(refuses, tmp_path):
@@ -406,6 +408,10 @@ def test_the_teacher_resumes_exactly(train, tmp_path):
     cut = back_to(whole, 2, tmp_path / "cut")
     metrics, _ = train("common.teacher", "--resume", str(cut))
     assert same(ckpt(whole), ckpt(cut)) and metrics.keys() == {"run", "fd_pixels_teacher"}
+    metrics, _ = train("common.teacher", "--resume", str(cut), "--steps", "1")
+    first, last = lines(cut / "eval.jsonl")[-2:]
+    assert (first["steps"], last["steps"]) == (2, 1)
+    assert metrics["fd_pixels_teacher"] == last["value"] != first["value"]
     assert {p.name for p in (whole / "samples").iterdir()} == {"0000002_teacher.png", "0000004_teacher.png"}
     assert {(r["net"], r["steps"]) for r in lines(whole / "eval.jsonl")} == {("teacher", 2)}
 
@@ -601,15 +607,18 @@ def test_a_signal_finishes_the_step_and_saves(number, status, train, wrap_loss, 
 
 def test_a_signal_ends_an_evaluation(train, monkeypatch, handlers, tmp_path):
     """All is saved by then: an hour of sampling would only make the job's end be a kill -9."""
+    _, finished = train("ect", "--iters", "1")
     def sample(net, noise, y, args):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         pytest.fail("the evaluation went on")
     monkeypatch.setattr(ect, "sample", sample)
-    with pytest.raises(SystemExit) as info:
-        train("ect")
-    assert info.value.code == 143 and ckpt(tmp_path / "runs/ect-digits-000")["it"] == 2
-    assert {s: signal.getsignal(s) for s in handlers} == handlers, "Ctrl-C would then kill a notebook"
+    for argv in ([], ["--resume", str(finished)]):
+        with pytest.raises(SystemExit) as info:
+            train("ect", *argv)
+        assert info.value.code == 143
+        assert {s: signal.getsignal(s) for s in handlers} == handlers, "Ctrl-C would then kill a notebook"
+    assert ckpt(tmp_path / "runs/ect-digits-001")["it"] == 2
 
 
 def test_a_signal_while_saving_prevents_the_evaluation(train, monkeypatch, tmp_path):
@@ -740,7 +749,7 @@ def test_parts_of_a_batch_average_their_gradients(train, monkeypatch):
         seen.append([p.grad.clone() for g in opt.param_groups for p in g["params"]])
         return ok
     monkeypatch.setattr(Run, "sync", sync)
-    argv = ["--accum", "2", "--batch", "8", "--iters", "1"]
+    argv = ["--accum", "2", "--batch", "8", "--iters", "1", "--seed", "3"]
     train("ect", *argv)
 
     args, data = tiny(*argv), load("digits")
@@ -757,19 +766,21 @@ def test_parts_of_a_batch_average_their_gradients(train, monkeypatch):
     assert all(len(v) == 4 for v in images[0]) and not any(torch.equal(*v) for v in zip(*images))
     for got, a, b in zip(seen[0], *parts, strict=True):
         assert torch.allclose(got, (a + b) / 2, atol=1e-6)
-    assert torch.equal(torch.cat([x for x, _ in images]), data.batch(0, 8)[0]), "together they are the step's"
+    whole = data.batch(0, 8, seed=3)[0]
+    assert torch.equal(torch.cat([x for x, _ in images]), whole) and y is None, "no labels without --cond"
 
 
 def test_noise_of_an_image_is_its_own():
     """Noise that depends on the batch, on k or on the global generator: so would FID."""
-    shape = (3, 4, 4)
+    shape = (3, 5, 5)                                                     # 75: randn works in blocks of 16
     whole = noise_of(range(6), 3, shape, "cpu")
     assert whole.shape == (3, 6, *shape) and whole.dtype == torch.float64
     torch.manual_seed(1)
     assert torch.equal(noise_of([4, 1], 3, shape, "cpu"), whole[:, [4, 1]])
     assert torch.equal(noise_of(torch.tensor([2]), 1, shape, "cpu"), whole[:1, 2:3])
     assert torch.equal(noise_of(range(6), 2, shape, "cpu"), whole[:2])
-    assert not torch.equal(noise_of([0], 1, shape, "cpu", seed=1), whole[:1, :1])
+    other = noise_of(range(6), 1, shape, "cpu", seed=1)[0]
+    assert not any(torch.equal(a, b) for a in other for b in whole[0]), "seed + i would shift them by one"
     assert len({float(v) for v in whole.flatten()}) == whole.numel(), "slices or images that repeat"
     wide = noise_of(range(200), 2, shape, "cpu")
     assert abs(wide.mean()) < 0.03 and abs(wide.std() - 1) < 0.02

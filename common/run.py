@@ -1,6 +1,6 @@
 """What a training script needs that is not mathematics: flags, ranks, seeds, run folder, log, checkpoint, signals.
 Nothing in here knows which method is running."""
-import argparse, atexit, dataclasses, difflib, glob, hashlib, inspect, json, math, os, re
+import argparse, atexit, contextlib, dataclasses, difflib, glob, hashlib, inspect, json, math, os, re
 import shutil, signal, subprocess, sys, time
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
               "device", "data_dir", "out", "resume"}            # on resume; the rest defines the run
+AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, warmup=0,
+                max_skips=0, dropout=0, ema=0, c=0)
 FD_IMAGES = 2048                                                # at most, for fd_pixels
 EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
@@ -165,25 +167,22 @@ class Run:
     def check(self, args):
         """Bounds that no type expresses. Raises BadInput."""
         parts, t_mid = self.world * args.accum, getattr(args, "t_mid", 1.0)
-        for ok, message in [
-            (args.steps >= 1, "--steps counts sampling steps; it must be at least 1"),
-            (args.iters >= 1, "--iters must be at least 1"),
-            (args.accum >= 1, "--accum must be at least 1"),
-            (args.batch >= 1 and args.batch % max(parts, 1) == 0,
-             f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}"),
-            (args.log_every >= 1 and args.save_every >= 1, "--log-every and --save-every must be at least 1"),
-            (args.grid >= 1, "--grid must be at least 1"),
-            (0 <= args.dropout < 1, "--dropout must be in [0, 1)"),
-            (0 <= args.ema < 1, "--ema must be in [0, 1)"),
-            (0 < args.lr < math.inf, "--lr must be positive"),
-            (args.ch >= 4 and args.blocks >= 1 and min(args.mult, default=0) >= 1,
-             "--ch must be at least 4, --blocks at least 1, and so must every number of --mult"),
-            (args.warmup >= 0, "--warmup must be 0 or more"),
-            (not (args.shard and self.world == 1), "--shard needs several ranks; start with torchrun"),
-            (0 < t_mid < getattr(args, "t_max", math.inf), "--t-mid must lie between 0 and --t-max"),
-        ]:
-            if not ok:
-                raise BadInput(message)
+        for name, low in AT_LEAST.items():
+            if not getattr(args, name, low) >= low:             # NaN is refused, too
+                raise BadInput(f"--{name.replace('_', '-')} must be at least {low}")
+        for name in ("lr", "sd", "q"):
+            if not 0 < getattr(args, name, 1) < math.inf:
+                raise BadInput(f"--{name} must be positive")
+        if max(args.dropout, args.ema) >= 1:
+            raise BadInput("--dropout and --ema must be below 1")
+        if args.batch % parts:
+            raise BadInput(f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}")
+        if min(args.mult, default=0) < 1:
+            raise BadInput("--mult takes one number, at least 1, for each resolution: such as 1,2,2")
+        if args.shard and self.world == 1:
+            raise BadInput("--shard needs several ranks; start with torchrun")
+        if not 0 < t_mid < getattr(args, "t_max", math.inf):
+            raise BadInput("--t-mid must lie between 0 and --t-max")
 
     # -- randomness
     def seed(self, it, part=0, stream=0):
@@ -274,20 +273,12 @@ class Run:
 
     # -- each step
     def count(self, stats):
-        """Add up per-sample `t` and `loss` [b] in 8 bins of the noise level, and any scalars, on the device."""
-        t, loss = stats["t"].detach().float().flatten(), stats["loss"].detach().float()
-        bins = torch.bucketize(t, self.edges)
-        self.sums[0].index_add_(0, bins, loss)
-        self.sums[1].index_add_(0, bins, torch.ones_like(loss))
-        self.step.append((t, loss))
-        for k in stats.keys() - {"t", "loss"}:
-            total, n = self.scalars.get(k, (0.0, 0))
-            self.scalars[k] = total + torch.as_tensor(stats[k]).detach(), n + 1
+        """Keep what loss_fn returned: per-sample `t` and `loss` [b], and scalars. `sync` adds it up, on the device."""
+        self.step.append({k: torch.as_tensor(v).detach() for k, v in stats.items()})
 
     def reset(self):
-        self.edges = torch.tensor(EDGES, device=self.device)
-        self.sums = torch.zeros(2, 8, device=self.device)       # loss and number of images in each bin
-        self.step, self.scalars = [], {}                        # (t, loss) of this step; name -> sum, number
+        self.sums = torch.zeros(2, 8, device=self.device)       # loss and number of images in 8 bins of t
+        self.scalars, self.step = {}, []                        # name -> sum, number; the stats of this step
 
     def sync(self, opt, it):
         """Average the gradients of the optimiser's parameters over the ranks, in one flat all-reduce.
@@ -297,7 +288,7 @@ class Run:
         skipped without a message when the module underneath is called or differentiated forward."""
         grads = [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-        t, loss = (torch.cat(v) for v in zip(*self.step))
+        t, loss = (torch.cat([s[k].flatten().float() for s in self.step]) for k in ("t", "loss"))
         bad = ~(torch.stack(torch._foreach_norm(local)).sum() + loss.sum()).isfinite()
         own = torch.stack([bad.float(), torch.full_like(loss[0], self.signum != 0)])
         flags = own
@@ -312,9 +303,15 @@ class Run:
         bad, stop = (flags > 0).tolist()                        # the one host read of a step
         if stop:                                                # now all ranks know it, at the same step
             self.stopping = self.signum or signal.SIGTERM
-        self.step = []
         if bad:
             self.skip(it, t, loss, mine=own[0] > 0)
+        else:
+            bins = torch.bucketize(t, torch.tensor(EDGES, device=t.device))
+            self.sums.index_add_(1, bins, torch.stack([loss, torch.ones_like(loss)]))
+            for k, v in [(k, v) for s in self.step for k, v in s.items() if k not in ("t", "loss")]:
+                total, n = self.scalars.get(k, (0.0, 0))
+                self.scalars[k] = total + v, n + 1
+        self.step = []
         return not bad
 
     def skip(self, it, t, loss, mine):
@@ -329,7 +326,6 @@ class Run:
             self.close()
             raise FloatingPointError(f"{text}; nothing was saved from this step (--max-skips allows some)")
         tqdm.write(f"{text}; skipped", file=sys.stderr)
-        self.reset()                                            # or the averages of the log stay NaN
 
     def log(self, it, **values):
         """Advance the bar; every --log-every steps write one line, averaged over steps and ranks, to log.jsonl."""
@@ -479,8 +475,12 @@ def config_of(folder):
 
 
 def figures(folder):
-    path = Path(folder) / "eval.jsonl"
-    return [json.loads(s) for s in path.read_text().splitlines()] if path.exists() else []
+    """The lines of eval.jsonl; one that a kill has torn is passed over."""
+    path, found = Path(folder) / "eval.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def full(tree):

@@ -77,8 +77,8 @@ PRESETS = {
     # ours: small networks for two CPU cores; the figure costs as much as 500 steps of `small`, so it comes once
     "small": dict(cost="about a quarter of an hour on two CPU cores", iters=1_200, batch=64, warmup=100, lr=1e-3,
                   ema=0.999, dropout=0.0, ch=32, mult=(1, 1, 2), blocks=1, save_every=1_200),
-    "digits": dict(cost="about 4 minutes on two CPU cores", iters=2_000, batch=128, warmup=100, lr=2e-3, ema=0.999,
-                   dropout=0.0, ch=32, mult=(1, 2), blocks=1, attn=(4,), save_every=1_000, sd=0.75),
+    "digits": dict(cost="about 4 minutes on two CPU cores", iters=1_600, batch=128, warmup=100, lr=2e-3, ema=0.999,
+                   dropout=0.0, ch=32, mult=(1, 2), blocks=1, attn=(4,), save_every=800, sd=0.75),
     "mnist": dict(sd=0.55),
     "fashion_mnist": dict(sd=0.66),
 }
@@ -191,7 +191,7 @@ def get(args, data, run, needed=False):
             main(parse(Args, PRESETS, ["--resume", path] + iters))
         path = path or (released(args) if args.preset in ("fast", "paper") else "train")
     if path == "train":
-        path = train(args)
+        path = train(args, run)
     if path.startswith(("http://", "https://")):
         path = download(path, args.data_dir)
     net = load(path, run.device)
@@ -226,7 +226,7 @@ def newest(args, data):
                 return str(folder)
 
 
-def train(args):
+def train(args, run):
     """Train a teacher with the network and data of `args`; return its folder."""
     argv = []
     for k in SAME:
@@ -240,7 +240,9 @@ def train(args):
     if args.teacher_iters:
         argv += ["--iters", str(args.teacher_iters)]
     say("training the teacher first")
-    return main(parse(Args, PRESETS, argv))["run"]
+    args, parts = parse(Args, PRESETS, argv), run.world * args.accum
+    args.batch = math.ceil(args.batch / parts) * parts     # its preset does not know the number of ranks
+    return main(args)["run"]
 
 
 # ==== 6. Released checkpoints =====================================================================

@@ -3,7 +3,7 @@ ect.py: Easy Consistency Tuning.    Geng et al. 2024, arXiv:2406.14548.
 
 Idea    A diffusion model is a consistency model for pairs (t, r = 0). Start from one and let r grow
         towards t: each stage of the curriculum shrinks the gap t - r by a factor q. No grid of
-        noise levels, no teacher in the loss, no moving target: the network is its own target.
+        noise levels, no teacher in the loss, no slow copy: the network is its own target.
 
 One training step
     t       ~  lognormal(P_mean, P_std)                # continuous noise level
@@ -19,6 +19,8 @@ Deviations from the paper
     One network in training and sampling, f(x, 0) = x. The authors' code moves the boundary to 0.003
     when it samples (under 0.6 % in the coefficients at t = 0.821).
     The decay of the averaged weights ramps up in the first steps; in the code it is constant.
+    Gradients that are not finite stop the run; the authors' code replaces them by numbers.
+    GPUs multiply in TF32; the authors' code leaves it off.
     The presets digits and small are ours: small networks, the narrowest gap from the start.
 
 Read next: common/teacher.py, the diffusion model it starts from.
@@ -44,7 +46,7 @@ class Args:
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
     resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without CUDA or fast
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small on a CPU, else fast
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
@@ -91,7 +93,7 @@ PRESETS = {
     # the authors' one-hour recipe, run_ecm_1hour.sh: the narrowest gap from the start
     "fast": dict(cost="8,000 steps, about one hour on one A100", q=256.0, double=10**9, iters=8_000,
                  ema=0.9993, save_every=2_000),
-    # ours, for two CPU cores: small networks, short memory, the gap of `fast`. Warm-up: the first
+    # ours, for two CPU cores: small networks, short average, the gap of `fast`. Warm-up: the first
     # five steps of RAdam are not normalised, and at this lr they would wreck what the teacher knows
     "small": dict(cost="about half an hour on two CPU cores, teacher included", q=256.0,
                   double=10**9, iters=600, batch=64, lr=5e-4, warmup=50, ema=0.99, dropout=0.0,
@@ -117,6 +119,8 @@ def times(n, it, args, device):
 
 # ==== 3. Loss =====================================================================================
 def loss_fn(net, x0, y, it, args, reseed):
+    """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t [B,1,1,1], loss [B].
+    reseed() resets the random generator, so that both calls of net drop the same units."""
     t, gap = times(len(x0), it, args, x0.device)
     r = t - gap
     eps = torch.randn_like(x0)                            # one eps for both points: same path
@@ -138,8 +142,8 @@ def loss_fn(net, x0, y, it, args, reseed):
 @torch.no_grad()
 def sample(net, noise, y, args):
     """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
-    hi, lo, k = math.log10(args.t_max), math.log10(args.t_mid), len(noise)
-    ts = torch.logspace(hi, lo, k, dtype=noise.dtype, device=noise.device)
+    hi, lo, K = math.log10(args.t_max), math.log10(args.t_mid), len(noise)
+    ts = torch.logspace(hi, lo, K, dtype=noise.dtype, device=noise.device)
     x = torch.zeros_like(noise[0])
     for t, z in zip(ts, noise):                           # K = 1: t_max;  K = 2: t_max, t_mid
         x = net(x + t * z, t.expand(len(z), 1, 1, 1), y)
@@ -178,7 +182,7 @@ def main(args):
             group["lr"] = lr
         if run.sync(opt, it):                             # mean over ranks; False: not finite, skip
             opt.step()
-            decay = min(args.ema, (it + 1) / (it + 10))   # short memory at first  # *
+            decay = min(args.ema, (it + 1) / (it + 10))   # a short average at first  # *
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
         opt.zero_grad(set_to_none=True)

@@ -2,7 +2,7 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from glob import glob
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Data:
             x = torch.where(heads, x.flip(-1), x)
         return x.float() / 127.5 - 1, self.labels[i]
 
-    @property
+    @cached_property
     def sha256(self):
         """Of the bytes of images [N, C, H, W] and labels: what config.json knows the data by."""
         images, labels = self.images.cpu().numpy(), self.labels.cpu().numpy()

@@ -50,7 +50,7 @@ def backbone(args, data, teacher=None):
         kwargs = dict(size=size, channels=channels, ch=args.ch, mult=args.mult, blocks=args.blocks, attn=args.attn,
                       classes=data.classes if args.cond else 0, dropout=args.dropout)
     if size % 2 ** (len(kwargs["mult"]) - 1):
-        raise BadInput(f"images of {size} x {size} cannot be halved {len(kwargs['mult']) - 1} times; give a shorter --mult")
+        raise BadInput(f"images of {size} x {size} cannot be halved {len(kwargs['mult']) - 1} times; shorten --mult")
     if args.cond and not data.classes:
         raise BadInput(f"--cond: {data.name} has no labels")
     try:

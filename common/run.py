@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
               "device", "data_dir", "out", "resume"}            # on resume; the rest defines the run
-AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, warmup=0,
-                max_skips=0, dropout=0, ema=0, c=0)
+AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
+                warmup=0, max_skips=0, dropout=0, ema=0, size=0, c=0, k=0)
 FD_IMAGES = 2048                                                # at most, for fd_pixels
 EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
@@ -155,13 +155,15 @@ class Run:
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")          # TF32
         if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-            dist.init_process_group("nccl" if dev == "cuda" else "gloo")
+            backend = dict(backend="nccl", device_id=self.device) if dev == "cuda" else dict(backend="gloo")
+            dist.init_process_group(**backend)
             atexit.register(dist.destroy_process_group)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.args, self.file, self.skips = args, file, 0
         self.signum = self.stopping = 0                         # the signal of this rank; of any rank
         self.evaluating, self.evaluated = False, -1             # now; the last step that was
+        self.edges = torch.tensor(EDGES, device=self.device)
         self.check(args)
 
     def check(self, args):
@@ -170,13 +172,15 @@ class Run:
         for name, low in AT_LEAST.items():
             if not getattr(args, name, low) >= low:             # NaN is refused, too
                 raise BadInput(f"--{name.replace('_', '-')} must be at least {low}")
-        for name in ("lr", "sd", "q"):
+        for name in ("lr", "sd"):
             if not 0 < getattr(args, name, 1) < math.inf:
                 raise BadInput(f"--{name} must be positive")
         if max(args.dropout, args.ema) >= 1:
             raise BadInput("--dropout and --ema must be below 1")
         if args.batch % parts:
             raise BadInput(f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}")
+        if args.ch % 4:
+            raise BadInput("--ch must be a multiple of 4")
         if min(args.mult, default=0) < 1:
             raise BadInput("--mult takes one number, at least 1, for each resolution: such as 1,2,2")
         if args.shard and self.world == 1:
@@ -218,11 +222,13 @@ class Run:
         if self.world > 1:
             dist.broadcast_object_list(name)                    # rank 0 chose it
         self.dir = Path(a.resume or name[0])
-        it = self.restore(state) if a.resume else 0
+        it = self.restore(state, data) if a.resume else 0
         if self.rank == 0:
             self.write_config(data)
         self.began, self.start_it, self.logged = time.time(), it, (time.time(), it)
         self.reset()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         n, *size = data.images.shape
         count, left = sum(p.numel() for p in net.parameters()), max(a.iters - it, 0)
@@ -265,8 +271,8 @@ class Run:
 
     def on_signal(self, signum, frame):
         self.signum = signum
-        for s in self.before:
-            signal.signal(s, signal.SIG_DFL)                    # the second one leaves at once
+        for s in self.before if self.world == 1 else ():        # the second one leaves at once; torchrun sends two
+            signal.signal(s, signal.SIG_DFL)                    # together, and kills what is left after half a minute
         if self.evaluating:                                     # everything is saved by then
             self.close()
             raise SystemExit(128 + signum)
@@ -298,7 +304,7 @@ class Run:
             else:
                 flat = torch.cat([g.flatten() for g in grads] + [own])
                 dist.all_reduce(flat)
-                *means, flags = (flat / self.world).split([g.numel() for g in grads] + [2])
+                *means, flags = flat.div_(self.world).split([g.numel() for g in grads] + [2])
                 torch._foreach_copy_(grads, [m.view_as(g) for m, g in zip(means, grads)])
         bad, stop = (flags > 0).tolist()                        # the one host read of a step
         if stop:                                                # now all ranks know it, at the same step
@@ -306,7 +312,7 @@ class Run:
         if bad:
             self.skip(it, t, loss, mine=own[0] > 0)
         else:
-            bins = torch.bucketize(t, torch.tensor(EDGES, device=t.device))
+            bins = torch.bucketize(t, self.edges)
             self.sums.index_add_(1, bins, torch.stack([loss, torch.ones_like(loss)]))
             for k, v in [(k, v) for s in self.step for k, v in s.items() if k not in ("t", "loss")]:
                 total, n = self.scalars.get(k, (0.0, 0))
@@ -342,6 +348,8 @@ class Run:
         if self.world > 1:
             dist.all_reduce(v)
         v, now = v.tolist(), time.time()
+        if not any(v[8:16]):                                    # every step was skipped
+            return
         speed = (it - self.logged[1]) * self.args.batch / (now - self.logged[0])
         line = dict(it=it, sec=round(now - self.began, 2), loss=sum(v[:8]) / max(sum(v[8:16]), 1), **values)
         line |= {k: x / self.world for k, x in zip(names, v[16:])}
@@ -382,11 +390,14 @@ class Run:
                 shutil.copy(new, self.dir / f"ckpt-{it:07d}.pt")
         if stop := self.stopping or self.signum:                # the latter: it came while saving
             self.close()
-            say(f"stopped by a signal after step {it}, saved; go on with --resume {self.dir}")
+            say(f"stopped by a signal after step {it}, saved; go on with: "
+                f"python -m {script(self.file)} --resume {self.dir}")
             raise SystemExit(128 + stop)
 
-    def restore(self, state):
-        ckpt = load_checkpoint(self.dir, self.device)
+    def restore(self, state, data):
+        if config_of(self.dir)["about"]["data_sha256"] != data.sha256:
+            raise BadInput(f"--resume {self.dir}: {data.name} no longer holds the images that this run began with")
+        ckpt = load_checkpoint(self.dir)
         for k, v in state.items():
             v.load_state_dict(shard_like(ckpt[k], v) if self.args.shard else ckpt[k])
         return ckpt["it"]
@@ -409,7 +420,7 @@ class Run:
     def evaluate(self, it, data, draw, net="ema", steps=None):
         """Draw a grid and measure fd_pixels for 1 and for --steps sampling steps (or `steps` alone); `draw(noise, y)`
         turns noise [k,b,C,H,W] into images. The noise is the same at every step of training and in every run."""
-        self.evaluating, n = True, min(len(data.images), FD_IMAGES)
+        self.evaluating, n, start = True, min(len(data.images), FD_IMAGES), time.time()
         g = torch.Generator().manual_seed(0)
         real = data.images[torch.randperm(len(data.images), generator=g)[:n].to(self.device)]
         for k in [steps] if steps else sorted({1, self.args.steps}):
@@ -423,7 +434,8 @@ class Run:
                 self.append("eval.jsonl", dict(
                     it=it, metric="fd_pixels", value=round(fd_pixels(real, fake[:n]), 4), n=n, net=net, steps=k,
                     t_mid=t_mid, mode="8x8", seed=0, sec=round(time.time() - began, 2)))
-        self.evaluating, self.evaluated = False, it
+        self.evaluating, self.evaluated, spent = False, it, time.time() - start
+        self.began, self.logged = self.began + spent, (self.logged[0] + spent, self.logged[1])
 
     def adopt(self, folder):
         """Show the last figure and grid of a teacher's run folder beside this run's own."""
@@ -469,7 +481,9 @@ def config_of(folder):
     """The flags of a run folder, with `about`. Raises BadInput."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if not isinstance(config["about"]["script"], str):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"{folder} is no run folder: its config.json is missing or damaged")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
@@ -489,7 +503,8 @@ def full(tree):
         return {k: full(v) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [full(v) for v in tree]
-    return tree.full_tensor().cpu() if isinstance(tree, DTensor) else tree
+    tree = tree.full_tensor() if isinstance(tree, DTensor) else tree
+    return tree.cpu() if torch.is_tensor(tree) else tree
 
 
 def shard_like(saved, owner):
@@ -504,13 +519,13 @@ def shard_like(saved, owner):
     return saved | dict(state={i: {k: split(v, params[i]) for k, v in s.items()} for i, s in saved["state"].items()})
 
 
-def load_checkpoint(path, device="cpu"):
-    """The newest readable checkpoint of a run folder, or a checkpoint file; raises BadInput if there is none."""
+def load_checkpoint(path):
+    """The newest readable checkpoint of a run folder, or a checkpoint file, on the CPU; BadInput if there is none."""
     path = Path(path)
     files = [path / "ckpt.pt", path / "ckpt.prev.pt"] if path.is_dir() else [path]
     for f in files:
         try:
-            return torch.load(f, map_location=device, weights_only=True)
+            return torch.load(f, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             continue
         except Exception as e:                                  # torch raises many kinds for a damaged file

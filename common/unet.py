@@ -40,7 +40,7 @@ class Conv2d(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """min(32, C/4) groups; the statistics are float32 for every dtype of x."""
+    """min(32, C/4) groups; the statistics are float32 for bfloat16 x."""
     def __init__(self, channels, eps=1e-6):
         super().__init__()
         self.groups, self.eps = min(32, channels // 4), eps

@@ -37,7 +37,7 @@ def block(p, name, x, emb, up=False, down=False):
 def unet(p, x, c_noise, onehot=None):
     """DDPM++ without dropout. p: weights by name, x [B,C,H,W], c_noise [B], onehot [B, classes] or None."""
     half = p["map_layer0.weight"].shape[1] // 2
-    freqs = torch.tensor([10000 ** (-j / (half - 1)) for j in range(half)], dtype=x.dtype)
+    freqs = torch.tensor([10000 ** (-j / (half - 1)) for j in range(half)], dtype=x.dtype, device=x.device)
     a = torch.outer(c_noise, freqs)
     e = torch.cat([torch.sin(a), torch.cos(a)], dim=1)
     if onehot is not None:

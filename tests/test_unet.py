@@ -86,6 +86,15 @@ def test_starts_as_almost_zero():
     assert net(torch.randn(2, 3, 16, 16), torch.zeros(2)).abs().max() < 1e-3
 
 
+def test_blocks_start_as_their_skip():
+    """Catches a lost 1e-5 gain inside a block: deep stacks would then start as noise."""
+    torch.manual_seed(0)
+    for block in [m for m in UNet(16, 3, ch=16, mult=(1,), blocks=1, attn=(16,)).modules() if isinstance(m, unet.UNetBlock)]:
+        x, emb = torch.randn(2, block.norm0.weight.numel(), 16, 16), torch.randn(2, 64)
+        start = (block.skip(x) if block.skip else x) * 0.5**0.5
+        assert torch.allclose(block(x, emb), start * 0.5**0.5 if block.qkv else start, atol=1e-3)
+
+
 def test_dropout_follows_the_seed_and_stops_in_eval():
     net = random_net(dropout=0.5).train()
     x, c, y = inputs(net)

@@ -1,4 +1,5 @@
 """--teacher: what is found, trained or refused; and reading checkpoints of EDM's format without executing them."""
+import io
 import os
 import pickle
 import sys
@@ -115,6 +116,12 @@ def test_an_unknown_global_is_refused_by_name(write, tmp_path, monkeypatch, caps
         teacher.load(write(network(), extra=dict(loss_fn=Evil(*call))))
     err = capsys.readouterr().err
     assert e.value.code == 2 and name in err and err.count("\n") == 1 and not (tmp_path / "pwned").exists()
+
+
+def test_getattr_in_a_file_reaches_nothing():
+    """ECT's files ask for it; the real one leads from any allowed function to its __globals__."""
+    data = pickle.dumps(Evil(getattr, "text", "upper"))
+    assert isinstance(teacher.Reader(io.BytesIO(data), teacher.FILE).load(), teacher.Inert)
 
 
 def test_code_nested_in_a_tensor_is_refused(tmp_path, capsys):

@@ -60,8 +60,8 @@ def parse(cls, presets, argv=None):
 
     A field's default gives the type, its trailing comment the help. Raises BadInput."""
     source = inspect.getsource(cls)
-    ap = Parser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                argument_default=argparse.SUPPRESS, description=sys.modules[cls.__module__].__doc__)
+    ap = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [--flag value ..]",
+                formatter_class=argparse.RawDescriptionHelpFormatter, description=sys.modules[cls.__module__].__doc__)
     for f in dataclasses.fields(cls):
         note = re.search(rf"^    {f.name}:.*?  #\s*(.*)$", source, re.M)
         text = f"{note[1] if note else ''} [{f.default}]".replace("%", "%%")

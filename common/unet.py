@@ -31,12 +31,19 @@ class Conv2d(nn.Module):
             self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
 
     def forward(self, x):
-        if self.up:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        w, b = self.weight, self.bias.to(x.dtype)
+        if self.up and w.shape[-1] == 3:          # 16 products a pixel instead of 36 on copied pixels
+            return F.conv_transpose2d(x, copy_then(w).to(x.dtype), b, stride=2, padding=1)
         if self.down:
             x = F.avg_pool2d(x, 2)
-        w, b = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.conv2d(x, w, b, padding=w.shape[-1] // 2)
+        x = F.conv2d(x, w.to(x.dtype), b, padding=w.shape[-1] // 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x    # 1 x 1: either order
+
+
+def copy_then(w):
+    """The 4 x 4 kernel, for stride 2, that copies each pixel to 2 x 2 and then applies w [out, in, 3, 3]."""
+    w = w.flip(2, 3)
+    return sum(F.pad(w, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1)).transpose(0, 1)
 
 
 class GroupNorm(nn.Module):

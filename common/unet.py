@@ -32,7 +32,7 @@ class Conv2d(nn.Module):
 
     def forward(self, x):
         w, b = self.weight, self.bias.to(x.dtype)
-        if self.up and w.shape[-1] == 3:          # 16 products a pixel instead of 36 on copied pixels
+        if self.up and w.shape[-1] == 3:          # 16 products a pixel of x; 36 on its copies
             return F.conv_transpose2d(x, copy_then(w).to(x.dtype), b, stride=2, padding=1)
         if self.down:
             x = F.avg_pool2d(x, 2)

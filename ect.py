@@ -75,6 +75,8 @@ class Args:
     save_every: int = 5_000           # steps between checkpoints, grids and figures
     keep: bool = False                # keep every checkpoint, not only the last two
     max_skips: int = 0                # steps that may be skipped because they are not finite
+    fid: int = 0                      # images for an FID at the end: 50000 for a published figure
+    fid_every: int = 0                # also measure it every so many steps
     # --- the method (defaults: the authors' 200k-step recipe for CIFAR-10, run_ecm.sh)
     q: float = 2.0                    # the gap shrinks by q ..
     double: int = 25_000              # .. every so many steps

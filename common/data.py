@@ -58,13 +58,14 @@ def generator(*numbers):
 
 # ---- reading -------------------------------------------------------------------------------------
 def load(name, data_dir="data", size=0, device="cpu"):
-    """The data set `name`: digits | mnist | fashion_mnist | cifar10 | a folder of images | a .npz.
+    """The data set `name`: digits | mnist | fashion_mnist | cifar10 | a folder of images | a .npz; cifar10-test and
+    the like are the test images, to compare with.
 
     Downloads stay in `data_dir`. `size` (pixels a side, 0 = 32) is for folders. Raises BadInput."""
-    path = Path(name).expanduser()
-    if name in NATIVE:
-        check_size(name, size, NATIVE[name])                          # before the download
-        images, labels = named(name, data_dir)
+    path, base = Path(name).expanduser(), name.removesuffix("-test")
+    if name in NATIVE or base in NATIVE and base != "digits":
+        check_size(name, size, NATIVE[base])                          # before the download
+        images, labels = named(base, data_dir, "train" if name == base else "test")
     elif path.is_dir():
         images, labels = from_folder(path, size or 32)
         name = path.resolve().name
@@ -86,11 +87,11 @@ def check_size(name, size, native):
         raise BadInput(f"{name} has {native} pixels a side, not {size}; leave the size out")
 
 
-def named(name, data_dir):
+def named(name, data_dir, split):
     """uint8 [N, H, W, C], labels [N]; black edges bring MNIST's 28 pixels to 32."""
     if name == "digits":
         return from_npz(Path(__file__).with_name("digits.npz"))
-    images, labels = assets.dataset(name, data_dir)
+    images, labels = assets.dataset(name, data_dir, split)
     edge = (NATIVE[name] - images.shape[1]) // 2
     return np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0))), labels
 

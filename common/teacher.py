@@ -407,7 +407,8 @@ def read_released(path):
     """(spec for `build`, weights) of the averaged network in an EDM or ECT .pkl. Raises ValueError, or what else a
     damaged file leads to."""
     with open(path, "rb") as f:
-        net = unpickle(f, FILE)["ema"]
+        parts = unpickle(f, FILE)
+    net = parts.get("ema") if type(parts) is dict else None
     if type(net) is not Inert or net.name not in ("EDMPrecond", "ECMPrecond"):
         name = net.name if type(net) is Inert and type(net.name) is str else "what it holds"
         raise ValueError(f"{name} is not supported, only EDMPrecond and ECMPrecond")
@@ -416,16 +417,17 @@ def read_released(path):
         raise ValueError("its tensors share their storage")
     weights = {k: v.to(torch.float32, copy=True) for k, v in weights.items()}
     weights.pop("model.map_augment.weight", None)         # augmentation labels are zero when sampling
-    sd, t_min, kwargs = float(net.state["sigma_data"]), float(net.state["sigma_min"]), shape_of(weights)
+    sd, t_min = float(net.state["sigma_data"]), float(net.state["sigma_min"])
     if not 0 < sd < math.inf or not 0 <= t_min < math.inf:
         raise ValueError("its sigma_data or sigma_min is not a noise level")
+    kwargs = shape_of(weights)
     return dict(flow="edm", net=kwargs["net"], kwargs=kwargs, sd=sd, t_min=t_min), weights
 
 
 def shape_of(weights):
     """The arguments of UNet, read off the names and shapes of its weights."""
     first = next((k for k in weights if re.fullmatch(r"model\.enc\.(\d{1,4})x\1_conv\.weight", k)), None)
-    if not first:
+    if not first or first.replace("conv", "block0.norm0") not in weights:
         raise ValueError("it holds no U-Net")
     net = "adm" if "model.out_norm.weight" in weights else "ncsnpp" if "model.map_noise.freqs" in weights else "ddpmpp"
     size, (width, channels) = int(re.search(r"(\d+)x", first)[1]), weights[first].shape[:2]

@@ -152,8 +152,7 @@ class UNet(nn.Module):
                            classes=classes, dropout=dropout, net=net, fourier=fourier)
         self.net, self.ch, self.classes, c_emb = net, ch, classes, 4 * ch
         ncsnpp, adm = net == "ncsnpp", net == "adm"
-        how = dict(taps=(1, 3, 3, 1) if ncsnpp else (1, 1))
-        c_noise = 2 * ch if ncsnpp else ch
+        taps, c_noise = ((1, 3, 3, 1), 2 * ch) if ncsnpp else ((1, 1), ch)
         if ncsnpp:
             self.map_noise = nn.Module()
             self.map_noise.register_buffer("freqs", fourier * torch.randn(ch))  # fixed; the checkpoints list it
@@ -162,7 +161,7 @@ class UNet(nn.Module):
         self.map_layer0, self.map_layer1 = Linear(c_noise, c_emb), Linear(c_emb, c_emb)
 
         def block(c_in, c_out, **kw):
-            return UNetBlock(c_in, c_out, c_emb, dropout, adm=adm, **how, **kw)
+            return UNetBlock(c_in, c_out, c_emb, dropout, taps=taps, adm=adm, **kw)
 
         self.enc, widths, aux = nn.ModuleDict(), [], channels  # widths: of the outputs kept for the decoder
         c = ch * mult[0] if adm else ch
@@ -173,7 +172,7 @@ class UNet(nn.Module):
             else:
                 self.enc[f"{r}x{r}_down"] = block(c, c, down=True)
             if level and ncsnpp:
-                self.enc[f"{r}x{r}_aux_residual"] = Conv2d(aux, c, 3, down=True, fused=True, **how)
+                self.enc[f"{r}x{r}_aux_residual"] = Conv2d(aux, c, 3, down=True, taps=taps, fused=True)
                 aux = c
             widths.append(c)
             for i in range(blocks):

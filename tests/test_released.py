@@ -239,6 +239,11 @@ def test_ctrl_c_is_no_damage(write, monkeypatch):
 
 
 # ---- hostile files, opcode by opcode -------------------------------------------------------------
+RECONSTRUCT = "torch_utils.persistence._reconstruct_persistent_obj"
+TENSOR, BYTES = "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"
+SCALAR, MAGIC = "numpy.core.multiarray.scalar", 0x1950A86A20F9469CFC6C
+
+
 class Op(bytes):
     """Opcodes that leave one object on the stack."""
 
@@ -255,9 +260,12 @@ def op(value):
     return Op(pickle.dumps(value, 3)[2:-1])               # without its header and its end
 
 
+def glob(name):
+    return Op("c{}\n{}\n".format(*name.rsplit(".", 1)).encode())
+
+
 def call(name, *args):
-    module, name = name.rsplit(".", 1)
-    return Op(f"c{module}\n{name}\n".encode() + op(args) + b"R")
+    return Op(glob(name) + op(args) + b"R")
 
 
 def pickled(value):
@@ -266,25 +274,27 @@ def pickled(value):
 
 def stream(values, kind="torch.FloatStorage", count=None, fmt="f"):
     """A storage as torch.save wrote it before it wrote zip files."""
-    about = ("storage", Op("c{}\n{}\n".format(*kind.rsplit(".", 1)).encode()), "7", "cpu",
-             len(values) if count is None else count, None)
-    return (pickled(0x1950A86A20F9469CFC6C) + pickled(1001) + pickled(dict(little_endian=True))
-            + b"\x80\x02" + op(about) + b"Q." + pickled(["7"]) + struct.pack(f"<q{len(values)}{fmt}", len(values), *values))
+    about = ("storage", glob(kind), "7", "cpu", len(values) if count is None else count, None)
+    head = pickled(MAGIC) + pickled(1001) + pickled(dict(little_endian=True)) + op(about) + b"Q." + pickled(["7"])
+    return head + struct.pack(f"<q{len(values)}{fmt}", len(values), *values)
 
 
 def tensor(values=(0.0,) * 4, offset=0, size=(2, 2), stride=(2, 1), **kw):
-    data = call("torch.storage._load_from_bytes", stream(values, **kw))
-    return call("torch._utils._rebuild_tensor_v2", data, offset, size, stride, False, {})
+    return call(TENSOR, call(BYTES, stream(values, **kw)), offset, size, stride, False, {})
 
 
 def module(name="EDMPrecond", version=6, **state):
     meta = dict(type="class", version=version, class_name=name, state=state)
-    return call("torch_utils.persistence._reconstruct_persistent_obj", meta)
+    return call(RECONSTRUCT, meta)
+
+
+def ema(value):
+    return pickled(dict(ema=value))
 
 
 def file(modules=None, sigma_data=0.5, sigma_min=0.0, name="EDMPrecond", **state):
     state = dict(sigma_data=sigma_data, sigma_min=sigma_min, _modules=modules or {}) | state
-    return pickled(dict(ema=module(name, **state)))
+    return ema(module(name, **state))
 
 
 def model(**tensors):
@@ -318,68 +328,80 @@ def deep_modules(n, name="a"):
     return Op(head * n + b"N" + tail * n)
 
 
-RECONSTRUCT, TENSOR, BYTES = ("torch_utils.persistence._reconstruct_persistent_obj", "torch._utils._rebuild_tensor_v2",
-                              "torch.storage._load_from_bytes")
 HOSTILE = dict(
     empty_pickle=b".", no_stop=b"\x80\x04N", no_mark=b"t.", underflow=b"N\x86.", pop_beyond=b"0.", lost_put=b"q\0.",
-    no_dict=pickled([1]), no_ema=pickled(dict(net=1)), ema_is_a_number=pickled(dict(ema=1)), unknown_opcode=b"\xff.",
+    no_dict=pickled([1]), no_ema=pickled(dict(net=1)), ema_is_a_number=ema(1), unknown_opcode=b"\xff.",
     string_with_escapes=file(name="\x1b[2J\n\n\x07\ud800"), name_of_a_megabyte=file(name="x" * 2**20),
+
     # lengths that the file does not have
-    bytes8=b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.", bytes8_more=b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b".",
-    unicode8=b"\x8d" + struct.pack("<Q", 2**50) + b".", bytearray8=b"\x96" + struct.pack("<Q", 2**40) + b".",
-    frame=b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N.", long4=b"\x8b" + struct.pack("<i", 2**31 - 1) + b"\1.",
-    negative_long4=b"\x8b" + struct.pack("<i", -5) + b".", decimal=b"L" + b"9" * 10**6 + b"L\n.",
+    bytes8=b"\x8e" + struct.pack("<Q", 2**40) + b"x.",
+    bytes8_more=b"\x8e" + struct.pack("<Q", 2**62) + b".",
+    unicode8=b"\x8d" + struct.pack("<Q", 2**50) + b".",
+    bytearray8=b"\x96" + struct.pack("<Q", 2**40) + b".",
+    frame=b"\x95" + struct.pack("<Q", 2**60) + b"N.",
+    long4=b"\x8b" + struct.pack("<i", 2**31 - 1) + b"\1.",
+    negative_long4=b"\x8b" + struct.pack("<i", -5) + b".",
+    decimal=b"L" + b"9" * 10**6 + b"L\n.",
     memo_index=b"}" + put(2**32 - 1) + b".", text_memo_index=b"}p" + b"9" * 18 + b"\n.",
+    million=b"N" * (10**6 + 1) + b".",
+
     # depth and sharing
     deep_list=b"]" * 30_000 + b"a" * 29_999 + b".", deep_tuple=b"N" + b"\x85" * 30_000 + b".",
-    deep_modules=file(dict(model=deep_modules(2000))), deep_nameless_modules=file(dict(model=deep_modules(2000, ""))),
-    long_names=file(dict(model=deep_modules(150, "n" * 10**4))), million=b"N" * (10**6 + 1) + b".",
-    cycle=file(dict(model=Op(b"ctorch.nn.modules.container\nModuleDict\n)\x81" + put(9) + op(
-        dict(_modules=dict(a=get(9)))) + b"b"))),
-    laughing_key=pickled({laughs(60): 1}), laughing_name=file(name=laughs(60)), laughing_version=pickled(
-        dict(ema=module(version=laughs(60)))), laughing_state=pickled(dict(ema=call(RECONSTRUCT, laughs(60)))),
-    laughing_set=b"\x8f(" + laughs(60) + b"\x90.", laughing_modules=file(dict(model=laughing_modules(40))),
-    laughing_size=model(w=tensor(size=laughs(60))), laughing_arguments=pickled(dict(ema=Op(
-        b"cnumpy\ndtype\n" + laughs(60) + b"R"))),
-    # a module of a wrong kind
-    state_is_a_list=pickled(dict(ema=module("EDMPrecond", _modules=[]))), parameter_is_text=model(w="text"),
-    parameters_are_a_list=file(dict(model=module("SongUNet", _parameters=[1]))), name_is_a_number=pickled({3: 1}), module_is_a_tensor=file(dict(model=tensor())), whole_numbers=model(w=tensor(
-            (1,) * 4, kind="torch.LongStorage", fmt="q")), truths=model(w=tensor((1,) * 4, kind="torch.BoolStorage", fmt="b")),
-    other_class=file(name="VPPrecond"), other_version=pickled(dict(ema=module(version=5))), meta_is_none=pickled(
-        dict(ema=call(RECONSTRUCT, None))), no_network=file(), no_sigma=pickled(dict(ema=module(_modules={}))),
+    deep_modules=file(dict(model=deep_modules(2000))), nameless_modules=file(dict(model=deep_modules(2000, ""))),
+    long_names=file(dict(model=deep_modules(150, "n" * 10**4))),
+    cycle=file(dict(model=Op(b"ctorch.nn.modules.container\nModuleDict\n)\x81" + put(9)
+                             + op(dict(_modules=dict(a=get(9)))) + b"b"))),
+    laughing_modules=file(dict(model=laughing_modules(40))), laughing_key=pickled({laughs(60): 1}),
+    laughing_set=b"\x8f(" + laughs(60) + b"\x90.", laughing_name=file(name=laughs(60)),
+    laughing_version=ema(module(version=laughs(60))), laughing_meta=ema(call(RECONSTRUCT, laughs(60))),
+    laughing_size=model(w=tensor(size=laughs(60))), laughing_arguments=ema(Op(b"cnumpy\ndtype\n" + laughs(60) + b"R")),
+
+    # modules
+    other_class=file(name="VPPrecond"), other_version=ema(module(version=5)), meta_is_none=ema(call(RECONSTRUCT, None)),
+    no_network=file(), no_sigma=ema(module(_modules={})), modules_are_a_list=ema(module(_modules=[])),
+    parameters_are_a_list=file(dict(model=module("SongUNet", _parameters=[1]))), key_is_a_number=pickled({3: 1}),
+    parameter_is_text=model(w="text"), module_is_a_tensor=file(dict(model=tensor())),
+    whole_numbers=model(w=tensor((1,) * 4, kind="torch.LongStorage", fmt="q")),
+    truths=model(w=tensor((1,) * 4, kind="torch.BoolStorage", fmt="b")),
+    not_a_level=file(sigma_data=float("nan")), negative_level=file(sigma_min=-1.0), text_level=file(sigma_data="x"),
+
     # tensors
     beyond=model(w=tensor(size=(3, 3), stride=(3, 1))), offset=model(w=tensor(offset=1)),
-    negative_offset=model(w=tensor(offset=-1)), negative_stride=model(w=tensor(size=(2,), stride=(-1,), offset=3)),
+    negative_offset=model(w=tensor(offset=-1)), negative_size=model(w=tensor(size=(-2, -2))),
+    negative_stride=model(w=tensor(size=(2,), stride=(-1,), offset=3)),
     enormous=model(w=tensor(size=(10**9, 10**9), stride=(0, 0))), expanded=model(w=tensor(size=(10**12,), stride=(0,))),
-    many_axes=model(w=tensor(size=(1,) * 10**4, stride=(0,) * 10**4)), negative_size=model(w=tensor(size=(-2, -2))),
-    list_times_number=model(w=tensor(size=([0], 10**10), stride=(1, 1))), text_times_number=model(
-        w=tensor(size=(10**10, 1), stride=("aaaa", 1))), huge_numbers=model(w=tensor(size=(2**2000,) * 4, stride=(1,) * 4)),
+    many_axes=model(w=tensor(size=(1,) * 10**4, stride=(0,) * 10**4)),
+    list_times_number=model(w=tensor(size=([0], 10**10), stride=(1, 1))),
+    text_times_number=model(w=tensor(size=(10**10, 1), stride=("aaaa", 1))),
+    huge_numbers=model(w=tensor(size=(2**2000,) * 4, stride=(1,) * 4)),
     float_size=model(w=tensor(size=(2.0, 2.0))), fewer_strides=model(w=tensor(size=(2, 2), stride=(1,))),
-    storage_is_none=model(w=call(TENSOR, None, 0, (1,), (1,))), storage_is_text=model(w=call(BYTES, "text")),
-    storage_is_a_list=model(w=call(BYTES, [1] * 9)), few_arguments=model(w=call(TENSOR, 1)),
-    short_storage=model(w=tensor(count=5)), long_storage=model(w=tensor(count=3)), huge_storage=model(w=tensor(count=2**62)),
-    count_is_a_list=model(w=tensor(count=[1] * 4)), count_is_negative=model(w=tensor(count=-4)),
-    odd_storage=model(w=tensor(kind="torch.ComplexFloatStorage")), storage_from_elsewhere=model(w=tensor(kind="os.system")),
-    copies=b"\x80\x02" + op(stream([0.0] * 2**20)) + put(0) + b"".join(
-        f"c{BYTES.rsplit('.', 1)[0]}\n_load_from_bytes\n".encode() + get(0) + b"\x85R" for _ in range(1000)) + b".",
-    shared_storage=model(w=Op(tensor([0.0] * 2**18, size=(2**18,), stride=(1,)) + put(5)), **{
-        f"w{i}": get(5) for i in range(5000)}),
+    few_arguments=model(w=call(TENSOR, 1)), storage_is_none=model(w=call(TENSOR, None, 0, (1,), (1,))),
+    storage_is_text=model(w=call(BYTES, "text")), storage_is_a_list=model(w=call(BYTES, [1] * 9)),
+    short_storage=model(w=tensor(count=5)), long_storage=model(w=tensor(count=3)),
+    huge_storage=model(w=tensor(count=2**62)), count_is_a_list=model(w=tensor(count=[1] * 4)),
+    count_is_negative=model(w=tensor(count=-4)), odd_storage=model(w=tensor(kind="torch.ComplexFloatStorage")),
+    storage_from_elsewhere=model(w=tensor(kind="os.system")),
+    copies=op(stream([0.0] * 2**20)) + put(0) + (glob(BYTES) + get(0) + b"\x85R") * 1000 + b".",
+    shared_storage=model(w=Op(tensor([0.0] * 2**18, size=(2**18,), stride=(1,)) + put(5)),
+                         **{f"w{i}": get(5) for i in range(5000)}),
+
     # functions called with what they are not meant for
-    set_of_a_tensor=pickled(dict(ema=call("builtins.set", tensor([0.0] * 2**16, size=(2**16,), stride=(1,))))),
-    dict_of_a_tensor=pickled(dict(ema=call("collections.OrderedDict", tensor()))),
-    easy_dict=pickled(dict(ema=call("dnnlib.util.EasyDict", [["a", 1]]))), object_number=file(sigma_data=call(
-        "numpy.core.multiarray.scalar", call("numpy.dtype", "O", False, True), b"12345678")),
-    strange_number=file(sigma_data=call("numpy.core.multiarray.scalar", call("numpy.dtype", laughs(60)), b"12345678")),
-    short_number=file(sigma_data=call("numpy.core.multiarray.scalar", call("numpy.dtype", "f8"), b"1234")),
-    number_without_type=file(sigma_data=call("numpy.core.multiarray.scalar", "f8", b"12345678")),
-    not_a_level=file(sigma_data=float("nan")), negative_level=file(sigma_min=-1.0), text_level=file(sigma_data="x"),
-    call_of_text=b"X\1\0\0\0a)R.", call_without_tuple=b"ccollections\nOrderedDict\nNR.", instance=b"(ios\nsystem\n.",
-    object=b"(cos\nsystem\no.", extension=b"\x82\1.", persistent=b"X\1\0\0\0aQ.", text_persistent=b"Pa\n.",
-    build_a_function=f"c{TENSOR.rsplit('.', 1)[0]}\n_rebuild_tensor_v2\n".encode() + b"N}" + op("__defaults__") + b")s\x86b.",
-    build_a_class=b"cnumpy\ndtype\n}" + op("__init__") + b"Nsb.", many_arguments=b"cnumpy\ndtype\n(" + b"N" * 1000 + b"tR.",
-    keywords=b"cnumpy\ndtype\n)}\x92.", code_in_a_storage=pickled(dict(ema=call(BYTES, pickled(0x1950A86A20F9469CFC6C) + pickled(
-        1001) + pickled(call("os.system", "echo pwned"))))),
-    # shapes that claim a large network, or an endless one
+    set_of_a_tensor=ema(call("builtins.set", tensor([0.0] * 2**16, size=(2**16,), stride=(1,)))),
+    dict_of_a_tensor=ema(call("collections.OrderedDict", tensor())),
+    easy_dict=ema(call("dnnlib.util.EasyDict", [["a", 1]])),
+    object_number=file(sigma_data=call(SCALAR, call("numpy.dtype", "O", False, True), b"12345678")),
+    strange_number=file(sigma_data=call(SCALAR, call("numpy.dtype", laughs(60)), b"12345678")),
+    short_number=file(sigma_data=call(SCALAR, call("numpy.dtype", "f8"), b"1234")),
+    number_without_type=file(sigma_data=call(SCALAR, "f8", b"12345678")),
+    call_of_text=op("a") + b")R.", call_without_tuple=glob("collections.OrderedDict") + b"NR.",
+    instance=b"(ios\nsystem\n.", object=b"(cos\nsystem\no.", extension=b"\x82\1.",
+    persistent=op("a") + b"Q.", text_persistent=b"Pa\n.", keywords=glob("numpy.dtype") + b")}\x92.",
+    many_arguments=glob("numpy.dtype") + op((None,) * 1000) + b"R.",
+    build_a_function=glob(TENSOR) + op((None, {"__defaults__": ()})) + b"b.",
+    build_a_class=glob("numpy.dtype") + op({"__init__": None}) + b"b.",
+    code_in_a_storage=ema(call(BYTES, pickled(MAGIC) + pickled(1001) + pickled(call("os.system", "echo pwned")))),
+
+    # names and shapes that claim a large network, or an endless one
     claims_a_width=model(**{f"enc.8x8_{k}.weight": tensor((0.0,) * 2**16, size=(2**16, 1), stride=(1, 1))
                             for k in ("conv", "block0.norm0", "block0.conv0")}),
     no_size=model(**{f"enc.0x0_{k}.weight": tensor((0.0,) * 16, size=(4, 4), stride=(4, 1))

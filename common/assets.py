@@ -145,7 +145,9 @@ def time_limit(seconds):
 
 
 def brief(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    """One line of at most 300 characters; a file's own names may hold anything, even a terminal's commands."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 # ---- the kinds of source -------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch.nn as nn
 from common.run import BadInput
 from common.unet import UNet
 
-NETS = dict(ddpmpp=UNet)
+NETS = dict(ddpmpp=UNet, ncsnpp=UNet, adm=UNet)
 
 
 class EDM(nn.Module):
@@ -23,7 +23,7 @@ class EDM(nn.Module):
     @property
     def spec(self):
         """What `build` needs to make this network again, beside its weights."""
-        return dict(flow="edm", net="ddpmpp", kwargs=self.model.kwargs, sd=self.sd, t_min=self.t_min)
+        return dict(flow="edm", net=self.model.kwargs["net"], kwargs=self.model.kwargs, sd=self.sd, t_min=self.t_min)
 
     def forward(self, x, t, y=None):
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -40,15 +40,15 @@ def build(spec, dtype=torch.float32):
     return EDM(NETS[spec["net"]](**spec["kwargs"]), spec["sd"], spec["t_min"], dtype)
 
 
-def backbone(args, data, teacher=None):
-    """The raw network F that the flags describe, or a copy of the teacher's, in either case with the run's own
-    dropout. Raises BadInput where the flags do not fit the images."""
+def backbone(args, data, teacher=None, **more):
+    """The raw network F that the flags describe, `more` being keywords without a flag, or a copy of the teacher's, in
+    either case with the run's own dropout. Raises BadInput where the flags do not fit the images."""
     _, channels, size, _ = data.images.shape
     if teacher is not None:
         kwargs = dict(teacher.model.kwargs, dropout=args.dropout)
     else:
         kwargs = dict(size=size, channels=channels, ch=args.ch, mult=args.mult, blocks=args.blocks, attn=args.attn,
-                      classes=data.classes if args.cond else 0, dropout=args.dropout)
+                      classes=data.classes if args.cond else 0, dropout=args.dropout, net=args.net, **more)
     if size % 2 ** (len(kwargs["mult"]) - 1):
         raise BadInput(f"images of {size} x {size} cannot be halved {len(kwargs['mult']) - 1} times; shorten --mult")
     if args.cond and not data.classes:

@@ -10,10 +10,9 @@ on CIFAR-10). With --cond, 10 % of the labels are dropped, for guidance. Gradien
 stop the run; the authors' code replaces them by numbers. GPUs multiply in TF32. The presets fast, small
 and digits are ours.
 """
-import collections
 import io
 import math
-import pickle
+import pickletools
 import re
 from copy import deepcopy
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ class Args:
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
     size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
-    net: Literal["ddpmpp"] = "ddpmpp"  # network family
+    net: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"  # network family
     ch: int = 128                     # base width of the network
     mult: tuple = (2, 2, 2)           # width of each resolution, times ch
     blocks: int = 4                   # residual blocks per resolution
@@ -171,8 +170,9 @@ def load(path, device="cpu"):
         else:
             ckpt = load_checkpoint(path)
             spec, weights = ckpt["model"], ckpt["ema"]
-        net = build(spec)
-        net.load_state_dict(weights)                      # strict: names what is missing or misshapen
+        with torch.device("meta"):                        # no memory for shapes that the file only claims
+            net = build(spec)
+        net.load_state_dict(weights, assign=True)         # strict: names what is missing or misshapen
     except Exception as e:                                # a damaged pickle raises anything
         raise BadInput(f"{path} cannot be read: {assets.brief(e)}")
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -210,7 +210,7 @@ def get(args, data, run, needed=False):
     net.folder = Path(path) if Path(path).is_dir() else None
     say(f"teacher: {path}")
     args.teacher = str(path)
-    for k in ("ch", "mult", "blocks", "attn"):
+    for k in ("net", "ch", "mult", "blocks", "attn"):
         setattr(args, k, its[k])
     return net
 
@@ -253,16 +253,18 @@ def train(args, run):
 
 # ==== 6. Released checkpoints =====================================================================
 # EDM's .pkl files hold Python objects together with their source code, which NVIDIA's loader executes. This reader
-# maps every global that such a file needs to something inert, refuses the rest by name, and executes nothing.
-RELEASED = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{}-vp.pkl"
+# executes nothing. It knows the opcodes and names that such files need, makes plain data of them, and refuses the rest
+# by name; time and memory stay in proportion to the file, which Python's own unpickler does not promise.
+RELEASED = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{}-{}.pkl"
 
 
 def released(args):
     """The address of EDM's own checkpoint for the data and network of `args`. Raises BadInput if there is none."""
-    same = all(getattr(args, k) == getattr(Args, k) for k in ("net", "ch", "mult", "blocks", "attn", "sd"))
-    if args.dataset != "cifar10" or not same:
+    family = dict(ddpmpp="vp", ncsnpp="ve").get(args.net)
+    same = all(getattr(args, k) == getattr(Args, k) for k in ("ch", "mult", "blocks", "attn", "sd"))
+    if args.dataset != "cifar10" or not family or not same:
         raise BadInput(f"no released teacher for {args.dataset} with this network; train one first: --teacher train")
-    return RELEASED.format("cond" if args.cond else "uncond")
+    return RELEASED.format("cond" if args.cond else "uncond", family)
 
 
 def download(url, data_dir):
@@ -276,41 +278,42 @@ def download(url, data_dir):
 
 
 class Inert:
-    """An object of the file: its class name and attributes, none of its code."""
-    def __init__(self, *args, **kwargs):
-        self.args, self.state = args, {}
-
-    def __setstate__(self, state):
-        self.state = state
+    """An object of the file: the name of its class and its attributes, none of its code."""
+    def __init__(self, name="", *_):
+        self.name, self.state = name, {}
 
 
 def persistent(meta):
     if meta["type"] != "class" or meta["version"] != 6:
-        raise ValueError(f"persistent object of type {meta['type']!r}, version {meta['version']!r}: unknown format")
+        raise ValueError("its objects are stored in an unknown version of EDM's format")
     thing = Inert(meta["class_name"])
     thing.state = meta["state"]
     return thing
 
 
 def storage(data):
-    """The 1-D tensor of a legacy torch.save stream: three headers, the storage's description, its key, raw data."""
-    f = io.BytesIO(data)
-    magic, version, _, (_, dtype, _, _, count, _), _ = (Reader(f, STORAGES).load() for _ in range(5))
-    raw = f.read()[8:]                                    # 8 bytes: the count again
-    if magic != 0x1950A86A20F9469CFC6C or version != 1001 or len(raw) != count * dtype.itemsize:
+    """The 1-D tensor of a legacy torch.save stream: five pickles (magic number, version, machine, what the storage is,
+    its key), the count of values, the values."""
+    f = io.BytesIO(data[:4096])                           # the five take a few hundred bytes
+    magic, version, _, (_, dtype, _, _, count, _), _ = (unpickle(f, STORAGES) for _ in range(5))
+    start = f.tell() + 8
+    if magic != 0x1950A86A20F9469CFC6C or version != 1001 or len(data) - start != count * dtype.itemsize:
         raise ValueError("a tensor's storage is damaged")
-    return torch.frombuffer(bytearray(raw), dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype, offset=start)
 
 
 def tensor(values, offset, size, stride, *_):
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if min((offset, *size, *stride)) < 0 or last >= len(values) or math.prod(size) > len(values):
-        raise ValueError(f"a tensor of size {tuple(size)} reaches beyond its storage")
-    return values.as_strided(size, stride, offset).clone()
+    n, ints = len(values), (offset, *size, *stride)       # checked first: a product may be longer than the memory
+    if (not all(type(i) is int and 0 <= i <= n for i in ints) or len(size) > 4 or math.prod(size) > n
+            or offset + sum((i - 1) * step for i, step in zip(size, stride)) >= n):
+        raise ValueError("a tensor reaches beyond its storage")
+    return values.as_strided(size, stride, offset)
 
 
 def scalar(dtype, data):
-    return np.frombuffer(data, np.dtype({"f8": "f8", "f4": "f4", "i8": "i8"}[dtype.args[0]]))[0].item()
+    if dtype.name not in ("f8", "f4", "i8"):
+        raise ValueError("a number in it is of unknown type")
+    return np.frombuffer(data, dtype.name, count=1).item()
 
 
 FILE = {
@@ -320,66 +323,120 @@ FILE = {
     "torch._utils._rebuild_tensor_v2": tensor,
     "torch.storage._load_from_bytes": storage,            # never torch's own: it unpickles anything
     "numpy.core.multiarray.scalar": scalar, "numpy._core.multiarray.scalar": scalar, "numpy.dtype": Inert,
-    "collections.OrderedDict": collections.OrderedDict, "dnnlib.util.EasyDict": dict,
-    "builtins.set": set, "__builtin__.set": set,
+    "collections.OrderedDict": lambda: {}, "dnnlib.util.EasyDict": lambda: {},    # filled by later opcodes
+    "builtins.set": Inert, "__builtin__.set": Inert,      # nothing that we read
     "builtins.getattr": Inert,                            # in ECT's files; the real one is a way out of here
 }
 STORAGES = {f"torch.{k}Storage": v for k, v in dict(
     Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Double=torch.float64, Long=torch.int64,
     Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
+VALUES = set("BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES "
+             "BINBYTES8".split())
+EMPTY = dict(NONE=lambda: None, NEWTRUE=lambda: True, NEWFALSE=lambda: False, EMPTY_TUPLE=tuple, EMPTY_LIST=list,
+             EMPTY_DICT=dict, EMPTY_SET=list)             # a list: our sets hold nothing that we read
+TAKES = dict(POP=1, APPEND=1, BUILD=1, BINPERSID=1, TUPLE1=1, TUPLE2=2, TUPLE3=3, SETITEM=2, STACK_GLOBAL=2, REDUCE=2,
+             NEWOBJ=2, TUPLE=0, APPENDS=0, ADDITEMS=0, SETITEMS=0, POP_MARK=0)  # 0: all since the last mark
 
 
-class Reader(pickle.Unpickler):
-    def __init__(self, file, allowed):
-        super().__init__(file)
-        self.allowed = allowed
+def unpickle(f, allowed):
+    """The next pickle in the stream f as plain data. allowed: {name of a global: what stands in for it}."""
+    stack, marks, memo = [], [], {}
+    for n, (op, arg, _) in enumerate(pickletools.genops(f)):
+        op, top = op.name, []
+        if n == 10**6:                                    # EDM's own networks take less than a tenth of that
+            raise ValueError("it has too many parts for a checkpoint")
+        if op in TAKES:
+            i = len(stack) - TAKES[op] if TAKES[op] else marks.pop()
+            if not 0 <= i <= len(stack):
+                raise ValueError("its pickle is damaged")
+            top = stack[i:]
+            del stack[i:]
+        if op in VALUES:
+            stack.append(bytearray(arg) if type(arg) is bytes else arg)     # torch wants to own a tensor's memory
+        elif op in EMPTY:
+            stack.append(EMPTY[op]())
+        elif op == "MARK":
+            marks.append(len(stack))
+        elif op.startswith("TUPLE"):
+            stack.append(tuple(top))
+        elif op in ("APPEND", "APPENDS", "ADDITEMS") and type(stack[-1]) is list:
+            stack[-1].extend(top)
+        elif op in ("SETITEM", "SETITEMS") and type(stack[-1]) is dict and all(type(k) is str for k in top[::2]):
+            stack[-1].update(zip(top[::2], top[1::2]))
+        elif op in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if arg is None else arg] = stack[-1]
+        elif op in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif op in ("GLOBAL", "STACK_GLOBAL"):
+            name = ".".join(top or arg.split(" "))
+            if name not in allowed:
+                raise ValueError(f"it asks for {name}, which this reader does not know and will not load")
+            stack.append(allowed[name])
+        elif op in ("REDUCE", "NEWOBJ") and type(top[1]) is tuple and len(top[1]) < 9:
+            stack.append(top[0](*top[1]))
+        elif op == "BUILD" and type(stack[-1]) is Inert:
+            stack[-1].state = top[0]
+        elif op == "BINPERSID" and allowed is STORAGES:
+            stack.append(top[0])
+        elif op == "STOP":
+            return stack[-1]
+        elif op not in ("PROTO", "FRAME", "POP", "POP_MARK"):
+            raise ValueError(f"it uses the pickle opcode {op} in a way that no checkpoint needs")
 
-    def find_class(self, module, name):
-        if f"{module}.{name}" not in self.allowed:
-            raise ValueError(f"it asks for {module}.{name}, which this reader does not know and will not load")
-        return self.allowed[f"{module}.{name}"]
 
-    def persistent_load(self, pid):
-        if self.allowed is STORAGES:
-            return pid
-        raise ValueError("it refers to objects outside the file")
-
-
-def state_dict(module, prefix=""):
+def state_dict(module, prefix="", seen=None):
     """The tensors of an Inert module by name, in the order of torch's state_dict."""
-    kept, out = module.state.get("_non_persistent_buffers_set", ()), {}
-    for group in ("_parameters", "_buffers"):
-        out |= {prefix + k: v for k, v in module.state.get(group, {}).items() if v is not None and k not in kept}
-    for k, child in module.state.get("_modules", {}).items():
-        out |= state_dict(child, f"{prefix}{k}.")
+    out, seen = {}, set() if seen is None else seen
+    if id(module) in seen:
+        raise ValueError("a module in it is part of itself or of two others")
+    seen.add(id(module))
+    for group in ("_parameters", "_buffers", "_modules"):
+        for k, v in module.state.get(group, {}).items():
+            name = prefix + k[:200]
+            if len(name) > 200:
+                raise ValueError("its names are too long")
+            if v is not None and group == "_modules":
+                out |= state_dict(v, name + ".", seen)
+            elif v is not None:
+                if not torch.is_tensor(v) or not v.is_floating_point():
+                    raise ValueError(f"{name} is not a tensor of floating-point numbers")
+                out[name] = v
     return out
 
 
 def read_released(path):
-    """(spec for `build`, weights) of the averaged network in an EDM or ECT .pkl. Raises ValueError, or what pickle
-    raises for a damaged file."""
+    """(spec for `build`, weights) of the averaged network in an EDM or ECT .pkl. Raises ValueError, or what else a
+    damaged file leads to."""
     with open(path, "rb") as f:
-        net = Reader(f, FILE).load()["ema"]
-    if net.args[0] not in ("EDMPrecond", "ECMPrecond"):
-        raise ValueError(f"{net.args[0]} is not supported, only EDMPrecond and ECMPrecond")
-    weights = {k: v.float() for k, v in state_dict(net).items()}
-    if "model.map_noise.freqs" in weights or "model.out_norm.weight" in weights:
-        raise ValueError("its network is not a DDPM++; take a -vp checkpoint")
+        parts = unpickle(f, FILE)
+    net = parts.get("ema") if type(parts) is dict else None
+    if type(net) is not Inert or net.name not in ("EDMPrecond", "ECMPrecond"):
+        name = net.name if type(net) is Inert and type(net.name) is str else "what it holds"
+        raise ValueError(f"{name} is not supported, only EDMPrecond and ECMPrecond")
+    weights = state_dict(net)
+    if sum(v.numel() for v in weights.values()) > Path(path).stat().st_size:
+        raise ValueError("its tensors share their storage")
+    weights = {k: v.to(torch.float32, copy=True) for k, v in weights.items()}
     weights.pop("model.map_augment.weight", None)         # augmentation labels are zero when sampling
-    return dict(flow="edm", net="ddpmpp", kwargs=shape_of(weights), sd=float(net.state["sigma_data"]),
-                t_min=float(net.state["sigma_min"])), weights
+    sd, t_min = float(net.state["sigma_data"]), float(net.state["sigma_min"])
+    if not 0 < sd < math.inf or not 0 <= t_min < math.inf:
+        raise ValueError("its sigma_data or sigma_min is not a noise level")
+    kwargs = shape_of(weights)
+    return dict(flow="edm", net=kwargs["net"], kwargs=kwargs, sd=sd, t_min=t_min), weights
 
 
 def shape_of(weights):
     """The arguments of UNet, read off the names and shapes of its weights."""
-    first = next(k for k in weights if re.fullmatch(r"model\.enc\.(\d+)x\1_conv\.weight", k))
-    size, (ch, channels) = int(re.search(r"(\d+)x", first)[1]), weights[first].shape[:2]
-    sizes = [size]
-    while f"model.enc.{sizes[-1] // 2}x{sizes[-1] // 2}_block0.norm0.weight" in weights:
-        sizes.append(sizes[-1] // 2)
+    first = next((k for k in weights if re.fullmatch(r"model\.enc\.(\d{1,4})x\1_conv\.weight", k)), None)
+    if not first or first.replace("conv", "block0.norm0") not in weights:
+        raise ValueError("it holds no U-Net")
+    net = "adm" if "model.out_norm.weight" in weights else "ncsnpp" if "model.map_noise.freqs" in weights else "ddpmpp"
+    size, (width, channels) = int(re.search(r"(\d+)x", first)[1]), weights[first].shape[:2]
+    ch = weights["model.map_layer0.weight"].shape[1] if net == "adm" else width
     name = "model.enc.{0}x{0}_block{1}.{2}.weight".format
+    sizes = [r for r in (size >> i for i in range(14)) if name(r, 0, "norm0") in weights]
     blocks = next(i for i in range(99) if name(size, i, "norm0") not in weights)
-    return dict(size=size, channels=channels, ch=ch, blocks=blocks, dropout=0.0,
+    return dict(size=size, channels=channels, ch=ch, blocks=blocks, dropout=0.0, net=net,
                 mult=tuple(weights[name(r, 0, "conv0")].shape[0] // ch for r in sizes),
                 attn=tuple(r for r in sizes if name(r, 0, "qkv") in weights),
                 classes=weights["model.map_label.weight"].shape[1] if "model.map_label.weight" in weights else 0)

@@ -1,5 +1,11 @@
-"""U-Net F(x, c_noise, label): DDPM++ of Song et al. 2021 (arXiv:2011.13456) as used by EDM (Karras et al. 2022,
-arXiv:2206.00364, Table 7). The names of parameters and buffers equal those of the released EDM checkpoints."""
+"""U-Net F(x, c_noise, label) of EDM (Karras et al. 2022, arXiv:2206.00364, Table 7), in three families:
+
+ddpmpp   DDPM++ of Song et al. 2021, arXiv:2011.13456
+ncsnpp   NCSN++ of the same paper: random Fourier features of the noise level, smooth resampling, and the image itself
+         enters the encoder at every resolution
+adm      Dhariwal & Nichol 2021, arXiv:2105.05233: the noise level also scales; more attention, with several heads
+
+The names of parameters and buffers equal those of the released EDM checkpoints."""
 import math
 
 import torch
@@ -11,33 +17,49 @@ import torch.nn.functional as F
 
 
 class Linear(nn.Module):
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in, c_out, bias=True):
         super().__init__()
         self.weight = nn.Parameter(xavier(c_out, c_in))
-        self.bias = nn.Parameter(torch.zeros(c_out))
+        self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Conv2d(nn.Module):
-    """Optional 2x resampling, then a k x k convolution; the filter [1, 1] is a mean (down) or a copy (up)."""
-    def __init__(self, c_in, c_out, k, up=False, down=False, gain=1.0):
+    """Optional 2x resampling, then a k x k convolution; k = 0: resampling alone. The filter `taps` is (1, 1), a mean
+    (down) or a copy (up), or (1, 3, 3, 1), smooth. fused: the convolution comes first, on a border wider by one."""
+    def __init__(self, c_in, c_out, k, up=False, down=False, gain=1.0, taps=(1, 1), fused=False):
         super().__init__()
-        self.up, self.down = up, down
-        self.weight = nn.Parameter(gain * xavier(c_out, c_in, k, k))
-        self.bias = nn.Parameter(torch.zeros(c_out))
+        self.up, self.down, self.copies, self.fused = up, down, len(taps) == 2, fused
+        self.weight = nn.Parameter(gain * xavier(c_out, c_in, k, k)) if k else None
+        self.bias = nn.Parameter(torch.zeros(c_out)) if k else None
         if up or down:                            # a constant, kept because the checkpoints list it
-            self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
+            f = torch.tensor(taps) / sum(taps)
+            self.register_buffer("resample_filter", torch.outer(f, f)[None, None])
 
     def forward(self, x):
+        if self.weight is None:
+            return self.resample(x)
         w, b = self.weight, self.bias.to(x.dtype)
-        if self.up and w.shape[-1] == 3:          # 16 products a pixel of x; 36 on its copies
+        if self.fused:                            # the bias must not pass the filter
+            return self.resample(F.conv2d(x, w.to(x.dtype), padding=2)) + b[:, None, None]
+        if self.up and self.copies and w.shape[-1] == 3:                # 16 products a pixel of x; 36 on its copies
             return F.conv_transpose2d(x, copy_then(w).to(x.dtype), b, stride=2, padding=1)
-        if self.down:
-            x = F.avg_pool2d(x, 2)
-        x = F.conv2d(x, w.to(x.dtype), b, padding=w.shape[-1] // 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x    # 1 x 1: either order
+        late = self.up and self.copies            # 1 x 1: either order, this one costs a quarter
+        x = F.conv2d(x if late else self.resample(x), w.to(x.dtype), b, padding=w.shape[-1] // 2)
+        return self.resample(x) if late else x
+
+    def resample(self, x):
+        if not (self.up or self.down):
+            return x
+        if self.copies:
+            return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.avg_pool2d(x, 2)
+        c = x.shape[1]                            # every channel by itself
+        f = self.resample_filter.to(x.dtype).expand(c, 1, -1, -1)
+        if self.up:                               # 4: each output meets only a quarter of the taps
+            return F.conv_transpose2d(x, 4 * f, stride=2, padding=1, groups=c)
+        return F.conv2d(x, f, stride=2, padding=0 if self.fused else 1, groups=c)
 
 
 def copy_then(w):
@@ -51,7 +73,7 @@ class GroupNorm(nn.Module):
     def __init__(self, channels, eps=1e-6):
         super().__init__()
         self.groups, self.eps = min(32, channels // 4), eps
-        if channels % self.groups:
+        if channels < 4 or channels % self.groups:
             raise ValueError(f"{channels} channels do not split into {self.groups} groups; take a --ch divisible by 32")
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -71,62 +93,87 @@ def attention(q, k, v):
 
 
 class UNetBlock(nn.Module):
-    def __init__(self, c_in, c_out, c_emb, dropout, up=False, down=False, attn=False):
+    """Residual block, told the noise level by `emb`; with adm it is scaled, too, and its heads have 64 channels."""
+    def __init__(self, c_in, c_out, c_emb, dropout, up=False, down=False, attn=False, taps=(1, 1), adm=False):
         super().__init__()
-        self.dropout, self.heads = dropout, 1
-        self.norm0 = GroupNorm(c_in)
-        self.conv0 = Conv2d(c_in, c_out, 3, up=up, down=down)
-        self.affine = Linear(c_emb, c_out)
-        self.norm1 = GroupNorm(c_out)
+        self.dropout, self.adm, eps = dropout, adm, 1e-5 if adm else 1e-6
+        self.norm0 = GroupNorm(c_in, eps)
+        self.conv0 = Conv2d(c_in, c_out, 3, up=up, down=down, taps=taps)
+        self.affine = Linear(c_emb, 2 * c_out if adm else c_out)
+        self.norm1 = GroupNorm(c_out, eps)
         self.conv1 = Conv2d(c_out, c_out, 3, gain=1e-5)       # a block starts as (almost) its skip
         self.skip = None
         if c_in != c_out or up or down:
-            self.skip = Conv2d(c_in, c_out, 1, up=up, down=down)
+            k = 0 if adm and c_in == c_out else 1
+            self.skip = Conv2d(c_in, c_out, k, up=up, down=down, taps=taps)
         self.qkv = None
         if attn:
-            self.norm2 = GroupNorm(c_out)
+            self.heads = c_out // 64 if adm else 1
+            if not self.heads or c_out % self.heads:
+                raise ValueError(f"attention on {c_out} channels, which do not split into heads of 64; "
+                                 "take a --ch divisible by 64")
+            self.norm2 = GroupNorm(c_out, eps)
             self.qkv = Conv2d(c_out, 3 * c_out, 1, gain=math.sqrt(0.2))
             self.proj = Conv2d(c_out, c_out, 1, gain=1e-5)
 
+    def add(self, h, x):
+        return h + x if self.adm else (h + x) * math.sqrt(0.5)  # the root keeps the variance
+
     def forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x)))
-        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = (h + (self.skip(x) if self.skip else x)) * math.sqrt(0.5)
+        p = self.affine(emb)[:, :, None, None]
+        if self.adm:
+            scale, shift = p.chunk(2, 1)
+            h = self.norm1(h) * (1 + scale) + shift
+        else:
+            h = self.norm1(h + p)
+        h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
+        x = self.add(h, self.skip(x) if self.skip else x)
         if self.qkv:
             # channel (head * d + i) * 3 + {0: q, 1: k, 2: v}; another interleave runs but is wrong
             qkv = self.qkv(self.norm2(x)).flatten(2).transpose(1, 2)
             qkv = qkv.unflatten(2, (self.heads, -1, 3)).permute(4, 0, 2, 1, 3)
             a = attention(*qkv.contiguous())                  # q, k, v [B, heads, H*W, d]; fused kernels
             a = a.transpose(1, 2).flatten(2).transpose(1, 2)  # .. want the last stride to be 1
-            x = (self.proj(a.reshape(x.shape)) + x) * math.sqrt(0.5)
+            x = self.add(self.proj(a.reshape(x.shape)), x)
         return x
 
 
 class UNet(nn.Module):
     """F(x, c_noise, y): x [B, C, size, size], c_noise [B] or [1], y int64 [B] or None -> like x.
 
-    mult: width of each resolution as a multiple of ch, from full size down; blocks per resolution; attn:
-    sizes with attention; classes: 0 for no label input. A label of -1, or y=None, means "no label"."""
-    def __init__(self, size, channels, ch=128, mult=(2, 2, 2), blocks=4, attn=(16,), classes=0, dropout=0.0):
+    mult: width of each resolution as a multiple of ch, from full size down; blocks per resolution; attn: sizes with
+    attention; classes: 0 for no label input; fourier: the scale of ncsnpp's random frequencies when it starts
+    untrained. A label of -1, or y=None, means "no label"."""
+    def __init__(self, size, channels, ch=128, mult=(2, 2, 2), blocks=4, attn=(16,), classes=0, dropout=0.0,
+                 net="ddpmpp", fourier=16.0):
         super().__init__()
-        self.kwargs = dict(size=size, channels=channels, ch=ch, mult=tuple(mult), blocks=blocks,
-                           attn=tuple(attn), classes=classes, dropout=dropout)
-        self.ch, self.classes, c_emb = ch, classes, 4 * ch
+        self.kwargs = dict(size=size, channels=channels, ch=ch, mult=tuple(mult), blocks=blocks, attn=tuple(attn),
+                           classes=classes, dropout=dropout, net=net, fourier=fourier)
+        self.net, self.ch, self.classes, c_emb = net, ch, classes, 4 * ch
+        ncsnpp, adm = net == "ncsnpp", net == "adm"
+        taps, c_noise = ((1, 3, 3, 1), 2 * ch) if ncsnpp else ((1, 1), ch)
+        if ncsnpp:
+            self.map_noise = nn.Module()
+            self.map_noise.register_buffer("freqs", fourier * torch.randn(ch))  # fixed; the checkpoints list it
         if classes:
-            self.map_label = Linear(classes, ch)
-        self.map_layer0, self.map_layer1 = Linear(ch, c_emb), Linear(c_emb, c_emb)
+            self.map_label = Linear(classes, c_emb if adm else c_noise, bias=not adm)
+        self.map_layer0, self.map_layer1 = Linear(c_noise, c_emb), Linear(c_emb, c_emb)
 
         def block(c_in, c_out, **kw):
-            return UNetBlock(c_in, c_out, c_emb, dropout, **kw)
+            return UNetBlock(c_in, c_out, c_emb, dropout, taps=taps, adm=adm, **kw)
 
-        self.enc, widths, c = nn.ModuleDict(), [], ch         # widths: of the outputs kept for the decoder
+        self.enc, widths, aux = nn.ModuleDict(), [], channels  # widths: of the outputs kept for the decoder
+        c = ch * mult[0] if adm else ch
         for level, m in enumerate(mult):
             r = size >> level
             if level == 0:
                 self.enc[f"{r}x{r}_conv"] = Conv2d(channels, c, 3)
             else:
                 self.enc[f"{r}x{r}_down"] = block(c, c, down=True)
+            if level and ncsnpp:
+                self.enc[f"{r}x{r}_aux_residual"] = Conv2d(aux, c, 3, down=True, taps=taps, fused=True)
+                aux = c
             widths.append(c)
             for i in range(blocks):
                 self.enc[f"{r}x{r}_block{i}"] = block(c, ch * m, attn=r in attn)
@@ -141,30 +188,54 @@ class UNet(nn.Module):
             else:
                 self.dec[f"{r}x{r}_up"] = block(c, c, up=True)
             for i in range(blocks + 1):
-                last = i == blocks and r in attn
-                self.dec[f"{r}x{r}_block{i}"] = block(c + widths.pop(), ch * m, attn=last)
+                here = r in attn and (adm or i == blocks)
+                self.dec[f"{r}x{r}_block{i}"] = block(c + widths.pop(), ch * m, attn=here)
                 c = ch * m
-        self.dec[f"{r}x{r}_aux_norm"] = GroupNorm(c)
-        self.dec[f"{r}x{r}_aux_conv"] = Conv2d(c, channels, 3, gain=1e-5)
+        if adm:
+            self.out_norm, self.out_conv = GroupNorm(c, 1e-5), Conv2d(c, channels, 3)
+            self.start_as_adm()
+        else:
+            self.dec[f"{r}x{r}_aux_norm"] = GroupNorm(c)
+            self.dec[f"{r}x{r}_aux_conv"] = Conv2d(c, channels, 3, gain=1e-5)
+
+    def start_as_adm(self):
+        """ADM's own initialisation: uniform up to 1/sqrt(fan_in), also the biases; zero what ends a block."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, (Linear, Conv2d)) and layer.weight is not None:
+                bound = 0 if name.endswith(("conv1", "proj", "out_conv")) else layer.weight[0].numel() ** -0.5
+                for p in layer.parameters():
+                    nn.init.uniform_(p, -bound, bound)
+        if self.classes:
+            nn.init.normal_(self.map_label.weight)
 
     def embed(self, c_noise, y):
-        """Sinusoids of the noise level [B or 1, ch], plus the label; in the precision of c_noise."""
-        half = self.ch // 2
-        j = torch.arange(half, device=c_noise.device, dtype=c_noise.dtype)
-        a = c_noise[:, None] * 10000 ** (-j / (half - 1))
-        e = torch.cat([a.sin(), a.cos()], 1)                  # sine first, as in the checkpoints
+        """Sinusoids of the noise level [B or 1, ..], plus the label; in the precision of c_noise."""
+        adm, half = self.net == "adm", self.ch // 2
+        if self.net == "ncsnpp":
+            freqs = 2 * math.pi * self.map_noise.freqs.to(c_noise.dtype)
+        else:
+            j = torch.arange(half, device=c_noise.device, dtype=c_noise.dtype)
+            freqs = 10000 ** (-j / (half if adm else half - 1))
+        a = c_noise[:, None] * freqs
+        e = torch.cat([a.cos(), a.sin()] if adm else [a.sin(), a.cos()], 1)   # as in the checkpoints
+        label = 0
         if self.classes:
             if y is None:
                 y = torch.full((1,), -1, device=e.device)
             onehot = (y[:, None] == torch.arange(self.classes, device=e.device)).to(e.dtype)
-            e = e + self.map_label(onehot * math.sqrt(self.classes))
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(e))))
+            label = self.map_label(onehot if adm else onehot * math.sqrt(self.classes))
+        e = self.map_layer1(F.silu(self.map_layer0(e if adm else e + label)))
+        return F.silu(e + label if adm else e)
 
     def forward(self, x, c_noise, y=None):
-        emb, skips = self.embed(c_noise, y).to(x.dtype), []
+        emb, skips, aux = self.embed(c_noise, y).to(x.dtype), [], x
         for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("conv") else layer(x, emb)
-            skips.append(x)
+            if name.endswith("aux_residual"):     # the image at this size joins, in place of the last skip
+                x = aux = (x + layer(aux)) * math.sqrt(0.5)
+                skips[-1] = x
+            else:
+                x = layer(x) if name.endswith("conv") else layer(x, emb)
+                skips.append(x)
         for name, layer in self.dec.items():
             if name.endswith("aux_norm"):
                 x = F.silu(layer(x))
@@ -172,4 +243,4 @@ class UNet(nn.Module):
                 x = layer(x)
             else:
                 x = layer(torch.cat([x, skips.pop()], 1) if "block" in name else x, emb)
-        return x
+        return self.out_conv(F.silu(self.out_norm(x))) if self.net == "adm" else x

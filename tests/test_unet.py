@@ -1,7 +1,8 @@
-"""The network against the obvious way of writing it (tests/bench/obvious.py) and against known counts."""
+"""The networks against the obvious way of writing them (tests/bench/obvious.py) and against known counts."""
 import pytest
 import torch
 from bench import obvious
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import unet
 from common.unet import UNet
@@ -26,8 +27,16 @@ def agree(net, onehot=True):
     with torch.no_grad():
         ours = net(x, c, y if onehot else None)
         one = torch.eye(10, dtype=torch.float64)[y] if onehot else torch.zeros(len(x), 10, dtype=torch.float64)
-        theirs = obvious.unet(dict(net.named_parameters()), x, c, one if net.classes else None)
+        p, one = dict(net.named_parameters()), one if net.classes else None
+        if net.net == "ncsnpp":
+            theirs = obvious.ncsnpp(p, net.map_noise.freqs, x, c, one)
+        else:
+            theirs = dict(ddpmpp=obvious.unet, adm=obvious.adm)[net.net](p, x, c, one)
     return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+FAMILIES = dict(ddpmpp=dict(), ncsnpp=dict(net="ncsnpp", fourier=1.0), adm=dict(net="adm", ch=32, mult=(1, 4)))
+families = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.mark.parametrize("kw", [dict(), dict(mult=(1, 2, 2), blocks=2, attn=(16, 4)), dict(classes=0), dict(attn=())])
@@ -35,8 +44,20 @@ def test_equals_the_obvious_network(kw):
     assert agree(random_net(**kw)) < 1e-12
 
 
-def test_no_label_equals_a_zero_row_and_minus_one():
-    net = random_net()
+@pytest.mark.parametrize("kw", [
+    dict(net="ncsnpp"), dict(net="ncsnpp", mult=(1, 2, 2), blocks=2, attn=(16, 4)), dict(net="ncsnpp", classes=0),
+    dict(net="adm", ch=32, mult=(1, 4)), dict(net="adm", ch=32, mult=(2, 4, 6), blocks=2, attn=(16, 4), classes=0)])
+def test_equals_the_other_obvious_networks(kw):
+    """Catches, among others: a filter that is not normalised or too weak going up, the image's path kept beside the
+    skip it replaces, its bias filtered, a lost root of two; scale without its one, scale and shift exchanged, one head
+    for all, attention only at the end of the decoder, another eps, the label before the second layer."""
+    kw = dict(fourier=1.0) | kw
+    assert agree(random_net(**kw)) < 1e-12
+
+
+@families
+def test_no_label_equals_a_zero_row_and_minus_one(family):
+    net = random_net(**FAMILIES[family])
     assert agree(net, onehot=False) < 1e-12
     x, c, y = inputs(net)
     assert torch.equal(net(x, c, None), net(x, c, torch.full_like(y, -1)))
@@ -64,6 +85,118 @@ def test_embedding_is_sine_then_cosine_with_both_end_points():
     a = torch.tensor([0.3 * 10000 ** (-j / 3) for j in range(4)])
     assert torch.allclose(seen[0][0], torch.cat([a.sin(), a.cos()]), atol=1e-7)
     assert torch.allclose(a[-1], torch.tensor(0.3e-4))
+
+
+@torch.no_grad()
+def test_smooth_resampling_is_the_filter_1331():
+    """Each axis of an image by its matrix: zeros outside, weights that sum to 1 inside, the bias after the filter."""
+    down = torch.tensor([[3, 3, 1, 0, 0, 0], [0, 1, 3, 3, 1, 0], [0, 0, 0, 1, 3, 3]]) / 8
+    up = 2 * down.T
+    x = torch.randn(2, 4, 6, 6)
+    layer = unet.Conv2d(4, 4, 0, down=True, taps=(1, 3, 3, 1))
+    assert torch.allclose(layer(x), down @ x @ down.T, atol=1e-6) and not list(layer.parameters())
+    layer = unet.Conv2d(4, 4, 0, up=True, taps=(1, 3, 3, 1))
+    assert torch.allclose(layer(x[:, :, :3, :3]), up @ x[:, :, :3, :3] @ up.T, atol=1e-6)
+    layer = unet.Conv2d(4, 4, 3, down=True, taps=(1, 3, 3, 1), fused=True)
+    layer.weight.copy_(torch.eye(4)[:, :, None, None] * torch.tensor([0., 1, 0]).outer(torch.tensor([0., 1, 0])))
+    layer.bias.fill_(0.5)
+    assert torch.allclose(layer(x), down @ x @ down.T + 0.5, atol=1e-6)
+
+
+RELEASED = [  # classes, network, parameters without map_augment, tensors of them, buffers
+    (0, dict(size=32), 55_732_739, 416, 8), (10, dict(size=32), 55_734_147, 418, 8),
+    (0, dict(size=32, net="ncsnpp"), 56_397_827 - 2_304, 420, 11),
+    (10, dict(size=32, net="ncsnpp"), 56_400_643 - 2_304, 422, 11),
+    (0, dict(size=64, mult=(1, 2, 2, 2)), 61_805_571 - 1_152, 540, 12),
+    (0, dict(size=64, mult=(1, 2, 2, 2), net="ncsnpp"), 62_761_091 - 2_304, 546, 16),
+    (1000, dict(size=64, ch=192, mult=(1, 2, 3, 4), blocks=3, attn=(32, 16, 8), net="adm"), 295_899_267, 541, 12)]
+
+
+@pytest.mark.parametrize("classes, kw, params, tensors, buffers", RELEASED)
+def test_counts_of_the_released_networks(classes, kw, params, tensors, buffers):
+    """Catches attention or an image path too many or too few, and heads of the wrong width."""
+    with torch.device("meta"):
+        net = UNet(channels=3, classes=classes, **kw)
+    ours = list(net.parameters())
+    assert (sum(p.numel() for p in ours), len(ours), len(list(net.buffers()))) == (params, tensors, buffers)
+    assert len(net.state_dict()) == tensors + buffers
+    heads = {m.qkv.weight.shape[1]: m.heads for m in net.modules() if isinstance(m, unet.UNetBlock) and m.qkv}
+    assert heads == ({384: 6, 576: 9, 768: 12} if net.net == "adm" else {256: 1})
+
+
+def test_names_of_the_other_released_networks():
+    with torch.device("meta"):
+        ve = UNet(32, 3, classes=10, net="ncsnpp").state_dict()
+        adm = UNet(64, 3, 192, (1, 2, 3, 4), 3, (32, 16, 8), 1000, net="adm").state_dict()
+    shapes = {"map_noise.freqs": (128,), "map_layer0.weight": (512, 256), "map_label.weight": (256, 10),
+              "enc.16x16_aux_residual.weight": (256, 3, 3, 3), "enc.8x8_aux_residual.weight": (256, 256, 3, 3),
+              "enc.8x8_aux_residual.resample_filter": (1, 1, 4, 4), "dec.32x32_up.skip.resample_filter": (1, 1, 4, 4)}
+    assert {k: tuple(ve[k].shape) for k in shapes} == shapes
+    shapes = {"map_label.weight": (768, 1000), "enc.64x64_conv.weight": (192, 3, 3, 3), "out_conv.bias": (3,),
+              "enc.32x32_down.skip.resample_filter": (1, 1, 2, 2), "enc.32x32_block0.affine.weight": (768, 768),
+              "dec.32x32_block0.qkv.weight": (1152, 384, 1, 1), "out_norm.weight": (192,)}
+    assert {k: tuple(adm[k].shape) for k in shapes} == shapes
+    assert not {"map_label.bias", "enc.32x32_down.skip.weight", "enc.32x32_down.qkv.weight",
+                "dec.64x64_aux_norm.weight", "dec.32x32_up.skip.weight", "dec.8x8_in1.qkv.weight",
+                "enc.64x64_block0.qkv.weight", "dec.64x64_block0.qkv.weight"} & set(adm)
+
+
+def test_adm_starts_as_its_authors_say():
+    """Uniform up to 1/sqrt(fan_in), biases too; exactly zero where a block ends; standard normal labels."""
+    torch.manual_seed(0)
+    net = UNet(16, 3, ch=64, mult=(1, 2), blocks=1, attn=(8,), classes=100, net="adm")
+    for name, p in net.named_parameters():
+        owner, part = name.split(".")[-2:]
+        fan_in = net.get_submodule(name.rsplit(".", 1)[0]).weight[0].numel()
+        if owner.startswith(("norm", "out_norm")):
+            assert torch.equal(p, torch.full_like(p, part == "weight"))
+        elif owner in ("conv1", "proj", "out_conv"):
+            assert not p.any()
+        elif owner == "map_label":
+            assert abs(p.std() - 1) < 0.02 and p.abs().max() > 3
+        else:
+            assert 0.8 * fan_in**-0.5 < p.abs().max() <= fan_in**-0.5 and abs(p.mean()) < 0.25 * p.std()
+    x = torch.randn(2, 3, 16, 16)
+    assert not net(x, torch.zeros(2)).any()
+
+
+def test_ncsnpp_starts_with_its_scale_and_reads_its_frequencies():
+    """EDM draws the frequencies with scale 16, iCT with 0.02; they are no parameter, and loading replaces them."""
+    torch.manual_seed(0)
+    a, b = (UNet(8, 1, ch=256, mult=(1,), blocks=1, attn=(), net="ncsnpp", **kw) for kw in (dict(), dict(fourier=0.02)))
+    assert abs(a.map_noise.freqs.std() / 16 - 1) < 0.2 and abs(b.map_noise.freqs.std() / 0.02 - 1) < 0.2
+    assert b.kwargs["fourier"] == 0.02 and not [k for k, _ in a.named_parameters() if "map_noise" in k]
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a.map_noise.freqs, b.map_noise.freqs)
+
+
+@pytest.mark.parametrize("kw, words", [
+    (dict(net="adm", ch=32, mult=(1, 2)), "heads of 64"), (dict(net="adm", ch=224), "heads of 64"),
+    (dict(ch=132), "divisible by 32"), (dict(net="ncsnpp", ch=132), "divisible by 32")])
+def test_widths_that_do_not_fit_are_refused(kw, words):
+    """The authors' code leaves attention out where a width has no head of 64 channels, and says nothing."""
+    with pytest.raises(ValueError, match=words):
+        UNet(**dict(size=16, channels=3, mult=(1,), blocks=1, attn=(16,)) | kw)
+
+
+@families
+def test_kwargs_rebuild_the_network(family):
+    net = random_net(**FAMILIES[family])
+    assert UNet(**net.kwargs).state_dict().keys() == net.state_dict().keys()
+    old = {k: v for k, v in random_net().kwargs.items() if k not in ("net", "fourier")}     # of an older checkpoint
+    assert UNet(**old).kwargs == random_net().kwargs
+
+
+@families
+def test_forward_derivative_is_a_difference_quotient(family):
+    """The methods that differentiate the network need it; an operation in place would lose the tangent."""
+    net = random_net(**FAMILIES[family]).requires_grad_(False)
+    x, c, y = inputs(net, 2)
+    dx, dc, h = torch.randn_like(x), torch.randn_like(c), 1e-6
+    with sdpa_kernel(SDPBackend.MATH):
+        _, dF = torch.func.jvp(lambda x, c: net(x, c, y), (x, c), (dx, dc))
+        quotient = (net(x + h * dx, c + h * dc, y) - net(x - h * dx, c - h * dc, y)) / (2 * h)
+    assert (dF - quotient).norm() < 1e-6 * quotient.norm()
 
 
 def test_cifar10_network_has_the_names_and_counts_of_the_released_one():
@@ -106,9 +239,10 @@ def test_dropout_follows_the_seed_and_stops_in_eval():
     assert torch.equal(net.eval()(x, c, y), net(x, c, y))
 
 
+@families
 @torch.no_grad()
-def test_bfloat16_and_channels_last_change_little():
-    net = random_net().float()
+def test_bfloat16_and_channels_last_change_little(family):
+    net = random_net(**FAMILIES[family]).float()
     x, c, y = (v.float() if v.is_floating_point() else v for v in inputs(net))
     a = net(x, c, y)
     last = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), c, y)

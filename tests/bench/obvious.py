@@ -1,5 +1,5 @@
-"""The network and the training step written the obvious way: the other side of the speed comparison, and an
-independent statement of the network for the tests. NCHW, einsum attention, torch's own layers as functions."""
+"""The networks and the training step written the obvious way: the other side of the speed comparison, and an
+independent statement of the networks for the tests. NCHW, einsum attention, torch's own layers as functions."""
 import math
 
 import torch
@@ -64,3 +64,121 @@ def edm(p, x, t, sd, onehot=None):
     t4 = t.view(-1, 1, 1, 1)
     f = unet(p, x / torch.sqrt(t4**2 + sd**2), torch.log(t) / 4, onehot)
     return sd**2 / (t4**2 + sd**2) * x + t4 * sd / torch.sqrt(t4**2 + sd**2) * f
+
+
+# ---- the two other families: each layer by the names of its weights, nothing shared with common/unet.py -----------
+def smooth_up(h):
+    """[1, 3, 3, 1] / 4 on each axis between zeros, pixel by pixel: 3/4 of the nearest pixel, 1/4 of the next."""
+    for axis in (2, 3):
+        n, zero = h.shape[axis], torch.zeros_like(h.narrow(axis, 0, 1))
+        before = torch.cat([zero, h.narrow(axis, 0, n - 1)], axis)
+        after = torch.cat([h.narrow(axis, 1, n - 1), zero], axis)
+        h = torch.stack([(3 * h + before) / 4, (3 * h + after) / 4], axis + 1).flatten(axis, axis + 1)
+    return h
+
+
+def smooth_down(h, border=1):
+    """[1, 3, 3, 1] / 8 on each axis, every second position; `border` zeros are put around first."""
+    h = F.pad(h, (border,) * 4)
+    h = (h[:, :, 0:-3:2] + 3 * h[:, :, 1:-2:2] + 3 * h[:, :, 2:-1:2] + h[:, :, 3::2]) / 8
+    return (h[..., 0:-3:2] + 3 * h[..., 1:-2:2] + 3 * h[..., 2:-1:2] + h[..., 3::2]) / 8
+
+
+def ncsnpp_block(p, name, x, emb):
+    """DDPM++'s block around smooth resampling."""
+    resample = smooth_up if name.endswith("_up") else smooth_down
+    if not name.endswith(("_up", "_down")):
+        return block(p, name, x, emb)
+    w = {k[len(name) + 1:]: v for k, v in p.items() if k.startswith(name + ".")}
+    h = F.silu(F.group_norm(x, min(32, x.shape[1] // 4), w["norm0.weight"], w["norm0.bias"], 1e-6))
+    h = F.conv2d(resample(h), w["conv0.weight"], w["conv0.bias"], padding=1)
+    h = h + F.linear(emb, w["affine.weight"], w["affine.bias"]).view(len(emb), -1, 1, 1)
+    h = F.silu(F.group_norm(h, min(32, h.shape[1] // 4), w["norm1.weight"], w["norm1.bias"], 1e-6))
+    h = F.conv2d(h, w["conv1.weight"], w["conv1.bias"], padding=1)
+    return (h + F.conv2d(resample(x), w["skip.weight"], w["skip.bias"])) / math.sqrt(2)
+
+
+def ncsnpp(p, freqs, x, c_noise, onehot=None):
+    """NCSN++ without dropout; freqs: the buffer map_noise.freqs."""
+    a = 2 * math.pi * torch.outer(c_noise, freqs)
+    e = torch.cat([torch.sin(a), torch.cos(a)], dim=1)
+    if onehot is not None:
+        e = e + onehot * math.sqrt(onehot.shape[1]) @ p["map_label.weight"].T + p["map_label.bias"]
+    for layer in ("map_layer0", "map_layer1"):
+        e = F.silu(e @ p[f"{layer}.weight"].T + p[f"{layer}.bias"])
+    skips, image = [], x
+    for name in dict.fromkeys(".".join(k.split(".")[:2]) for k in p if k.startswith(("enc", "dec"))):
+        if name.startswith("enc") and name.endswith("_conv"):
+            skips.append(F.conv2d(x, p[name + ".weight"], p[name + ".bias"], padding=1))
+        elif name.endswith("_aux_residual"):
+            image = smooth_down(F.conv2d(image, p[name + ".weight"], padding=2), border=0)
+            image = image + p[name + ".bias"].view(1, -1, 1, 1)
+            image = (skips.pop() + image) / math.sqrt(2)
+            skips.append(image)
+        elif name.startswith("enc"):
+            skips.append(ncsnpp_block(p, name, skips[-1], e))
+        elif name.endswith("_in0"):
+            x = ncsnpp_block(p, name, skips[-1], e)
+        elif name.endswith("_aux_norm"):
+            x = F.silu(F.group_norm(x, min(32, x.shape[1] // 4), p[name + ".weight"], p[name + ".bias"], 1e-6))
+        elif name.endswith("_aux_conv"):
+            return F.conv2d(x, p[name + ".weight"], p[name + ".bias"], padding=1)
+        else:
+            x = ncsnpp_block(p, name, torch.cat([x, skips.pop()], 1) if "_block" in name else x, e)
+
+
+def adm_block(p, name, x, emb):
+    def conv(part, h, k):
+        return F.conv2d(h, p[f"{name}.{part}.weight"], p[f"{name}.{part}.bias"], padding=k // 2)
+
+    def norm(part, h):
+        g = min(32, h.shape[1] // 4)
+        h = h.view(h.shape[0], g, h.shape[1] // g, *h.shape[2:])
+        h = (h - h.mean((2, 3, 4), keepdim=True)) / torch.sqrt(h.var((2, 3, 4), correction=0, keepdim=True) + 1e-5)
+        w, b = p[f"{name}.{part}.weight"], p[f"{name}.{part}.bias"]
+        return h.flatten(1, 2) * w.view(1, -1, 1, 1) + b.view(1, -1, 1, 1)
+
+    def resample(h):
+        if name.endswith("_up"):
+            return h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return (h[:, :, ::2, ::2] + h[:, :, 1::2, ::2] + h[:, :, ::2, 1::2] + h[:, :, 1::2, 1::2]) / 4 \
+            if name.endswith("_down") else h
+
+    h = conv("conv0", resample(F.silu(norm("norm0", x))), 3)
+    both = emb @ p[f"{name}.affine.weight"].T + p[f"{name}.affine.bias"]
+    half = both.shape[1] // 2
+    h = norm("norm1", h) * (both[:, :half, None, None] + 1) + both[:, half:, None, None]
+    h = conv("conv1", F.silu(h), 3)
+    x = resample(x)
+    x = h + (conv("skip", x, 1) if f"{name}.skip.weight" in p else x)
+    if f"{name}.qkv.weight" in p:
+        b, c, height, width = x.shape
+        heads, qkv = c // 64, conv("qkv", norm("norm2", x), 1)
+        out = []
+        for i in range(heads):                            # head by head, q, k, v interleaved in threes
+            mine = qkv[:, 3 * i * (c // heads):3 * (i + 1) * (c // heads)].flatten(2)
+            q, k, v = mine[:, 0::3], mine[:, 1::3], mine[:, 2::3]
+            w = (q.transpose(1, 2) @ k / math.sqrt(c // heads)).softmax(-1)
+            out.append(v @ w.transpose(1, 2))
+        x = x + conv("proj", torch.cat(out, 1).view_as(x), 1)
+    return x
+
+
+def adm(p, x, c_noise, onehot=None):
+    """ADM without dropout."""
+    half = p["map_layer0.weight"].shape[1] // 2
+    a = torch.outer(c_noise, torch.tensor([10000 ** (-j / half) for j in range(half)], dtype=x.dtype))
+    e = torch.cat([torch.cos(a), torch.sin(a)], dim=1)
+    e = F.silu(e @ p["map_layer0.weight"].T + p["map_layer0.bias"]) @ p["map_layer1.weight"].T + p["map_layer1.bias"]
+    e = F.silu(e if onehot is None else e + onehot @ p["map_label.weight"].T)
+    skips = []
+    for name in dict.fromkeys(".".join(k.split(".")[:2]) for k in p if k.startswith(("enc", "dec"))):
+        if name.endswith("_conv"):
+            x = F.conv2d(x, p[name + ".weight"], p[name + ".bias"], padding=1)
+        else:
+            x = torch.cat([x, skips.pop()], 1) if name.startswith("dec") and "_block" in name else x
+            x = adm_block(p, name, x, e)
+        if name.startswith("enc"):
+            skips.append(x)
+    x = F.silu(F.group_norm(x, min(32, x.shape[1] // 4), p["out_norm.weight"], p["out_norm.bias"], 1e-5))
+    return F.conv2d(x, p["out_conv.weight"], p["out_conv.bias"], padding=1)

@@ -1,0 +1,446 @@
+"""Checkpoints of EDM's format are read without executing them; damaged and hostile ones are refused in one line."""
+import io
+import json
+import os
+import pickle
+import pickletools
+import struct
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, equal
+
+from common import teacher
+from common.precond import EDM
+from common.unet import UNet
+
+
+# ---- files in EDM's format -----------------------------------------------------------------------
+class Persistent:
+    """An object pickled the way EDM's `persistence` decorator does it: class name, attributes, source text."""
+    def __init__(self, name, state):
+        self.name, self.state = name, state
+
+    def __reduce__(self):
+        source = 'raise RuntimeError("the source in a checkpoint must never run")'
+        rebuild = sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj
+        return rebuild, (dict(type="class", version=6, module_src=source, class_name=self.name, state=self.state),)
+
+
+def persistent(module):
+    """A torch module as such objects; ModuleDicts stay what they are, as in EDM's networks."""
+    state = dict(training=False, _parameters=dict(module._parameters), _buffers=dict(module._buffers, unused=None),
+                 _non_persistent_buffers_set=set(), skip_scale=np.float64(np.sqrt(0.5)),
+                 _modules={k: persistent(m) for k, m in module._modules.items() if m is not None})
+    if isinstance(module, torch.nn.ModuleDict):
+        copy = torch.nn.ModuleDict()
+        copy.__dict__["_modules"] = state["_modules"]
+        return copy
+    return Persistent(type(module).__name__, state)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write {"ema": an EDM network, ..} in that format; return the path."""
+    module = types.ModuleType("torch_utils.persistence")
+    exec("def _reconstruct_persistent_obj(meta): pass", module.__dict__)
+    module._reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
+
+    def go(net, name="EDMPrecond", sigma_min=0.0, extra=None, change=lambda state: None, protocol=4):
+        outer = persistent(net)
+        outer.name = name
+        outer.state |= dict(sigma_min=sigma_min, sigma_max=float("inf"), sigma_data=net.sd, img_channels=3)
+        change(outer.state)
+        path = tmp_path / "edm-test.pkl"
+        path.write_bytes(pickle.dumps(dict(ema=outer, augment_pipe=None, **(extra or {})), protocol=protocol))
+        return path
+    return go
+
+
+FAMILIES = dict(ddpmpp={}, ncsnpp=dict(fourier=1.0), adm=dict(ch=32, mult=(1, 4)))
+
+
+def network(**kw):
+    torch.manual_seed(0)
+    shape = dict(size=16, channels=3, ch=16, mult=(1, 2), blocks=2, attn=(8,), classes=4)
+    net = EDM(UNet(**(shape | FAMILIES[kw.get("net", "ddpmpp")] | kw)))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return net.eval()
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(classes=0, mult=(1, 2, 3), attn=(16, 4), blocks=1), dict(net="ncsnpp"),
+                                dict(net="ncsnpp", classes=0, mult=(2, 1, 1), attn=(), blocks=1), dict(net="adm"),
+                                dict(net="adm", classes=0, mult=(2, 2, 4), attn=(16, 8, 4), blocks=1)])
+def test_a_released_file_gives_the_same_network(write, kw):
+    """Architecture read off the tensors, weights and frequencies equal, nothing executed; catches a wrong blocks, mult,
+    attn, family or width."""
+    net = network(**kw)
+    again = teacher.load(write(net))
+    assert again.model.kwargs == dict(net.model.kwargs, dropout=0.0, fourier=16.0)
+    assert again.spec["net"] == kw.get("net", "ddpmpp") and equal(net.state_dict(), again.state_dict())
+    x, t = torch.randn(2, 3, 16, 16), torch.full((2, 1, 1, 1), 0.7)
+    y = torch.tensor([0, 3]) if net.model.classes else None
+    assert torch.allclose(net(x, t, y), again(x, t, y), atol=1e-5) and not again.training
+    assert not any(p.requires_grad or p.dtype != torch.float32 for p in again.parameters())
+    assert (again.sd, again.t_min) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("protocol", [3, 5])
+def test_other_pickle_protocols_read_alike(write, protocol):
+    net = network(blocks=1)
+    assert equal(net.state_dict(), teacher.load(write(net, protocol=protocol)).state_dict())
+
+
+def test_half_precision_weights_become_float32(write):
+    net = network(blocks=1).half()
+    again = teacher.load(write(net)).state_dict()
+    assert all(v.dtype == torch.float32 for v in again.values())
+    assert all(torch.equal(v.float(), again[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(net="ncsnpp"), dict(net="adm")])
+def test_an_ect_snapshot_keeps_its_boundary_and_loses_its_loss(write, kw):
+    """ECT's files hold a bound method (a getattr in the pickle) and sigma_min = 0.003, where f(x) = x."""
+    net = network(**kw)
+    again = teacher.load(write(net, "ECMPrecond", 0.003, extra=dict(loss_fn="text".upper)))
+    assert again.spec["t_min"] == 0.003
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.allclose(again(x, torch.full((2, 1, 1, 1), 0.003)), x, atol=1e-6)
+
+
+def inside(state, *path):
+    """The attributes of a module of a file, by the names of its parents."""
+    for name in path:
+        child = state["_modules"][name]
+        state = child.state if isinstance(child, Persistent) else child.__dict__
+    return state
+
+
+def augmentation(state):
+    inside(state, "model")["_modules"]["map_augment"] = Persistent(
+        "Linear", dict(_parameters=dict(weight=torch.zeros(16, 9)), _buffers={}, _modules={}))
+
+
+def lose(state):
+    del inside(state, "model")["_modules"]["map_layer1"]
+
+
+def lose_frequencies(state):
+    del inside(state, "model")["_modules"]["map_noise"]
+
+
+def lose_a_filter(state):
+    del inside(state, "model", "dec", "16x16_up", "conv0")["_buffers"]["resample_filter"]
+
+
+def add(state):
+    inside(state, "model")["_modules"]["map_second"] = Persistent("Linear", dict(_parameters=dict(weight=torch.zeros(2))))
+
+
+def widen(state):
+    inside(state, "model", "map_layer1")["_parameters"]["bias"] = torch.zeros(65)
+
+
+def test_the_augmentation_weights_are_dropped(write):
+    assert teacher.load(write(network(), change=augmentation))
+
+
+@pytest.mark.parametrize("kw, change, name", [
+    (dict(), lose, "map_layer1.weight"), (dict(), lose_a_filter, "dec.16x16_up.conv0.resample_filter"),
+    (dict(net="ncsnpp"), lose_frequencies, "aux_residual"), (dict(net="adm"), lose, "map_layer1.bias"),
+    (dict(), add, "map_second.weight"), (dict(), widen, "map_layer1.bias")])
+def test_missing_unexpected_and_misshapen_tensors_are_named(write, capsys, kw, change, name):
+    with pytest.raises(SystemExit) as e:
+        teacher.load(write(network(**kw), change=change))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and name in err and err.count("\n") == 1
+
+
+class Evil:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize("call, name", [((os.mkdir, "pwned"), "mkdir"), ((exec, "raise KeyError"), "builtins.exec"),
+                                        ((torch.load, "x.pt"), "torch.serialization.load")])
+def test_an_unknown_global_is_refused_by_name(write, tmp_path, monkeypatch, capsys, call, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        teacher.load(write(network(), extra=dict(loss_fn=Evil(*call))))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and name in err and err.count("\n") == 1 and not (tmp_path / "pwned").exists()
+
+
+def test_getattr_in_a_file_reaches_nothing():
+    """ECT's files ask for it; the real one leads from any allowed function to its __globals__."""
+    data = pickle.dumps(Evil(getattr, "text", "upper"))
+    assert isinstance(teacher.unpickle(io.BytesIO(data), teacher.FILE), teacher.Inert)
+
+
+def test_code_nested_in_a_tensor_is_refused(tmp_path, capsys):
+    """A storage is itself a pickle: torch's own loader would run this one."""
+    path = tmp_path / "nested.pkl"
+    inner = pickle.dumps(Evil(os.mkdir, str(tmp_path / "pwned")))
+    path.write_bytes(pickle.dumps(dict(ema=Evil(torch.storage._load_from_bytes, inner))))
+    with pytest.raises(SystemExit) as e:
+        teacher.load(path)
+    assert e.value.code == 2 and "mkdir" in capsys.readouterr().err and not (tmp_path / "pwned").exists()
+
+
+# ---- truncation ----------------------------------------------------------------------------------
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Assert that these bytes as a .pkl are refused in one line, and return it."""
+    def go(data):
+        path = tmp_path / "hostile.pkl"
+        path.write_bytes(data)
+        with pytest.raises(SystemExit) as e:
+            teacher.load(path)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ") and len(err) < 600
+        return err
+    return go
+
+
+def test_a_truncated_file_is_refused(write, refused):
+    """Cut before and after each tensor's bytes, at each frame, and in between."""
+    data = write(network(ch=4, mult=(1,), blocks=1, attn=(), classes=0)).read_bytes()
+    marks = [pos for op, _, pos in pickletools.genops(data) if op.name in ("FRAME", "BINBYTES", "STOP")]
+    assert len(marks) > 40
+    for n in [0, 1, 2, *marks, *(m + 1 for m in marks[:-1]), *range(7, len(data), len(data) // 40)]:
+        refused(data[:n])
+
+
+def test_a_truncated_storage_is_refused():
+    """At every length, so also at the ends of the five pickles inside; and with a byte too many."""
+    data = stream([1.0, 2.0])
+    assert torch.equal(teacher.storage(bytearray(data)), torch.tensor([1.0, 2.0]))
+    for n in [*range(len(data)), len(data) + 1]:
+        with pytest.raises(Exception):
+            teacher.storage(bytearray((data + b"0")[:n]))
+
+
+def test_ctrl_c_is_no_damage(write, monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(teacher, "unpickle", press)
+    with pytest.raises(KeyboardInterrupt):
+        teacher.load(write(network(blocks=1)))
+
+
+# ---- hostile files, opcode by opcode -------------------------------------------------------------
+RECONSTRUCT = "torch_utils.persistence._reconstruct_persistent_obj"
+TENSOR, BYTES = "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"
+SCALAR, MAGIC = "numpy.core.multiarray.scalar", 0x1950A86A20F9469CFC6C
+
+
+class Op(bytes):
+    """Opcodes that leave one object on the stack."""
+
+
+def op(value):
+    """The opcodes of a plain value."""
+    if isinstance(value, Op):
+        return value
+    if isinstance(value, dict):
+        return Op(b"}(" + b"".join(op(k) + op(v) for k, v in value.items()) + b"u")
+    if isinstance(value, (tuple, list)):
+        first, last = (b"(", b"t") if isinstance(value, tuple) else (b"](", b"e")
+        return Op(first + b"".join(map(op, value)) + last)
+    return Op(pickle.dumps(value, 3)[2:-1])               # without its header and its end
+
+
+def glob(name):
+    return Op("c{}\n{}\n".format(*name.rsplit(".", 1)).encode())
+
+
+def call(name, *args):
+    return Op(glob(name) + op(args) + b"R")
+
+
+def pickled(value):
+    return b"\x80\x02" + op(value) + b"."
+
+
+def stream(values, kind="torch.FloatStorage", count=None, fmt="f"):
+    """A storage as torch.save wrote it before it wrote zip files."""
+    about = ("storage", glob(kind), "7", "cpu", len(values) if count is None else count, None)
+    head = pickled(MAGIC) + pickled(1001) + pickled(dict(little_endian=True)) + op(about) + b"Q." + pickled(["7"])
+    return head + struct.pack(f"<q{len(values)}{fmt}", len(values), *values)
+
+
+def tensor(values=(0.0,) * 4, offset=0, size=(2, 2), stride=(2, 1), **kw):
+    return call(TENSOR, call(BYTES, stream(values, **kw)), offset, size, stride, False, {})
+
+
+def module(name="EDMPrecond", version=6, **state):
+    meta = dict(type="class", version=version, class_name=name, state=state)
+    return call(RECONSTRUCT, meta)
+
+
+def ema(value):
+    return pickled(dict(ema=value))
+
+
+def file(modules=None, sigma_data=0.5, sigma_min=0.0, name="EDMPrecond", **state):
+    state = dict(sigma_data=sigma_data, sigma_min=sigma_min, _modules=modules or {}) | state
+    return ema(module(name, **state))
+
+
+def model(**tensors):
+    """A file whose network has these parameters."""
+    return file(dict(model=module("SongUNet", _parameters=tensors)))
+
+
+def put(i):
+    return b"r" + struct.pack("<I", i)
+
+
+def get(i):
+    return Op(b"j" + struct.pack("<I", i))
+
+
+def laughs(n, pair=b"\x86"):
+    """Two references to two references to ..: 2**n elements in a few bytes. pair: the opcode of a tuple or list."""
+    return Op(b"N" + b"".join(put(i) + get(i) + pair for i in range(n)))
+
+
+def laughing_modules(n):
+    """A module that holds one module twice, which holds one module twice, and so on."""
+    out = module("Linear") + put(0)
+    for i in range(n):
+        out += b"0" + module("Linear", _modules=dict(a=get(i), b=get(i))) + put(i + 1)
+    return Op(out)
+
+
+def deep_modules(n, name="a"):
+    head, tail = module("Linear", _modules={name: Op(b"@@")}).split(b"@@")
+    return Op(head * n + b"N" + tail * n)
+
+
+HOSTILE = dict(
+    empty_pickle=b".", no_stop=b"\x80\x04N", no_mark=b"t.", underflow=b"N\x86.", pop_beyond=b"0.", lost_put=b"q\0.",
+    no_dict=pickled([1]), no_ema=pickled(dict(net=1)), ema_is_a_number=ema(1), unknown_opcode=b"\xff.",
+    string_with_escapes=file(name="\x1b[2J\n\n\x07\ud800"), name_of_a_megabyte=file(name="x" * 2**20),
+
+    # lengths that the file does not have
+    bytes8=b"\x8e" + struct.pack("<Q", 2**40) + b"x.",
+    bytes8_more=b"\x8e" + struct.pack("<Q", 2**62) + b".",
+    unicode8=b"\x8d" + struct.pack("<Q", 2**50) + b".",
+    bytearray8=b"\x96" + struct.pack("<Q", 2**40) + b".",
+    frame=b"\x95" + struct.pack("<Q", 2**60) + b"N.",
+    long4=b"\x8b" + struct.pack("<i", 2**31 - 1) + b"\1.",
+    negative_long4=b"\x8b" + struct.pack("<i", -5) + b".",
+    decimal=b"L" + b"9" * 10**6 + b"L\n.",
+    memo_index=b"}" + put(2**32 - 1) + b".", text_memo_index=b"}p" + b"9" * 18 + b"\n.",
+    million=b"N" * (10**6 + 1) + b".",
+
+    # depth and sharing
+    deep_list=b"]" * 30_000 + b"a" * 29_999 + b".", deep_tuple=b"N" + b"\x85" * 30_000 + b".",
+    deep_modules=file(dict(model=deep_modules(2000))), nameless_modules=file(dict(model=deep_modules(2000, ""))),
+    long_names=file(dict(model=deep_modules(150, "n" * 10**4))),
+    cycle=file(dict(model=Op(b"ctorch.nn.modules.container\nModuleDict\n)\x81" + put(9)
+                             + op(dict(_modules=dict(a=get(9)))) + b"b"))),
+    laughing_modules=file(dict(model=laughing_modules(40))), laughing_key=pickled({laughs(60): 1}),
+    laughing_set=b"\x8f(" + laughs(60) + b"\x90.", laughing_name=file(name=laughs(60)),
+    laughing_version=ema(module(version=laughs(60))), laughing_meta=ema(call(RECONSTRUCT, laughs(60))),
+    laughing_size=model(w=tensor(size=laughs(60))), laughing_arguments=ema(Op(b"cnumpy\ndtype\n" + laughs(60) + b"R")),
+
+    # modules
+    other_class=file(name="VPPrecond"), other_version=ema(module(version=5)), meta_is_none=ema(call(RECONSTRUCT, None)),
+    no_network=file(), no_sigma=ema(module(_modules={})), modules_are_a_list=ema(module(_modules=[])),
+    parameters_are_a_list=file(dict(model=module("SongUNet", _parameters=[1]))), key_is_a_number=pickled({3: 1}),
+    parameter_is_text=model(w="text"), module_is_a_tensor=file(dict(model=tensor())),
+    whole_numbers=model(w=tensor((1,) * 4, kind="torch.LongStorage", fmt="q")),
+    truths=model(w=tensor((1,) * 4, kind="torch.BoolStorage", fmt="b")),
+    not_a_level=file(sigma_data=float("nan")), negative_level=file(sigma_min=-1.0), text_level=file(sigma_data="x"),
+
+    # tensors
+    beyond=model(w=tensor(size=(3, 3), stride=(3, 1))), offset=model(w=tensor(offset=1)),
+    negative_offset=model(w=tensor(offset=-1)), negative_size=model(w=tensor(size=(-2, -2))),
+    negative_stride=model(w=tensor(size=(2,), stride=(-1,), offset=3)),
+    enormous=model(w=tensor(size=(10**9, 10**9), stride=(0, 0))), expanded=model(w=tensor(size=(10**12,), stride=(0,))),
+    many_axes=model(w=tensor(size=(1,) * 10**4, stride=(0,) * 10**4)),
+    list_times_number=model(w=tensor(size=([0], 10**10), stride=(1, 1))),
+    text_times_number=model(w=tensor(size=(10**10, 1), stride=("aaaa", 1))),
+    huge_numbers=model(w=tensor(size=(2**2000,) * 4, stride=(1,) * 4)),
+    float_size=model(w=tensor(size=(2.0, 2.0))), fewer_strides=model(w=tensor(size=(2, 2), stride=(1,))),
+    few_arguments=model(w=call(TENSOR, 1)), storage_is_none=model(w=call(TENSOR, None, 0, (1,), (1,))),
+    storage_is_text=model(w=call(BYTES, "text")), storage_is_a_list=model(w=call(BYTES, [1] * 9)),
+    short_storage=model(w=tensor(count=5)), long_storage=model(w=tensor(count=3)),
+    huge_storage=model(w=tensor(count=2**62)), count_is_a_list=model(w=tensor(count=[1] * 4)),
+    count_is_negative=model(w=tensor(count=-4)), odd_storage=model(w=tensor(kind="torch.ComplexFloatStorage")),
+    storage_from_elsewhere=model(w=tensor(kind="os.system")),
+    copies=op(stream([0.0] * 2**20)) + put(0) + (glob(BYTES) + get(0) + b"\x85R") * 1000 + b".",
+    shared_storage=model(w=Op(tensor([0.0] * 2**18, size=(2**18,), stride=(1,)) + put(5)),
+                         **{f"w{i}": get(5) for i in range(5000)}),
+
+    # functions called with what they are not meant for
+    set_of_a_tensor=ema(call("builtins.set", tensor([0.0] * 2**16, size=(2**16,), stride=(1,)))),
+    dict_of_a_tensor=ema(call("collections.OrderedDict", tensor())),
+    easy_dict=ema(call("dnnlib.util.EasyDict", [["a", 1]])),
+    object_number=file(sigma_data=call(SCALAR, call("numpy.dtype", "O", False, True), b"12345678")),
+    strange_number=file(sigma_data=call(SCALAR, call("numpy.dtype", laughs(60)), b"12345678")),
+    short_number=file(sigma_data=call(SCALAR, call("numpy.dtype", "f8"), b"1234")),
+    number_without_type=file(sigma_data=call(SCALAR, "f8", b"12345678")),
+    call_of_text=op("a") + b")R.", call_without_tuple=glob("collections.OrderedDict") + b"NR.",
+    instance=b"(ios\nsystem\n.", object=b"(cos\nsystem\no.", extension=b"\x82\1.",
+    persistent=op("a") + b"Q.", text_persistent=b"Pa\n.", keywords=glob("numpy.dtype") + b")}\x92.",
+    many_arguments=glob("numpy.dtype") + op((None,) * 1000) + b"R.",
+    build_a_function=glob(TENSOR) + op((None, {"__defaults__": ()})) + b"b.",
+    build_a_class=glob("numpy.dtype") + op({"__init__": None}) + b"b.",
+    code_in_a_storage=ema(call(BYTES, pickled(MAGIC) + pickled(1001) + pickled(call("os.system", "echo pwned")))),
+
+    # names and shapes that claim a large network, or an endless one
+    claims_a_width=model(**{f"enc.8x8_{k}.weight": tensor((0.0,) * 2**16, size=(2**16, 1), stride=(1, 1))
+                            for k in ("conv", "block0.norm0", "block0.conv0")}),
+    no_size=model(**{f"enc.0x0_{k}.weight": tensor((0.0,) * 16, size=(4, 4), stride=(4, 1))
+                     for k in ("conv", "block0.norm0", "block0.conv0")}),
+    many_blocks=model(**{f"enc.8192x8192_{k}.weight": tensor((0.0,) * 4, size=(4, 1, 1, 1), stride=(1,) * 4)
+                         for k in ("conv", *(f"block{i}.{p}" for i in range(98) for p in ("norm0", "conv0")))}),
+)
+
+
+def test_hostile_files_are_refused_without_harm(tmp_path):
+    """Each in one line and status 2, within 1 GB of memory more than Python and torch have, and in seconds."""
+    pytest.importorskip("resource")
+    for name, data in HOSTILE.items():
+        (tmp_path / f"{name}.pkl").write_bytes(data)
+    script = tmp_path / "script.py"
+    script.write_text(LOAD_ALL)
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout)
+    bad = {k: v for k, v in seen.items() if (v["code"], v["lines"]) != (2, 1) or v["seconds"] > 20 or v["megabytes"] > 300}
+    assert not bad and seen.keys() == HOSTILE.keys() and "pwned" not in done.stdout
+
+
+LOAD_ALL = """
+import contextlib, io, json, resource, sys, time
+from pathlib import Path
+from common import teacher
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc").is_dir() else 2**35
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**30, -1))
+seen = {}
+for path in sorted(Path(sys.argv[1]).glob("*.pkl")):
+    err, code, began, before = io.StringIO(), None, time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.redirect_stderr(err):
+        try:
+            teacher.load(path)
+        except SystemExit as e:
+            code = e.code
+    seen[path.stem] = dict(code=code, lines=err.getvalue().count("\\n"), seconds=time.time() - began, text=err.getvalue(),
+                           megabytes=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(json.dumps(seen))
+"""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.data import decode, from_folder, from_npz
+from common.data import decode, load
 from common.run import BadInput
 
 LUMA = torch.tensor([.2989, .5870, .1140], dtype=torch.float64).view(3, 1, 1)     # luminance of red, green, blue
@@ -84,19 +84,17 @@ def slerp(a, b, w):
 # ---- files ---------------------------------------------------------------------------------------
 def images_of(name, size, channels):
     """A picture, a folder or a .npz, made to fit the network: uint8 [N,C,H,W], and labels [N] or None. BadInput."""
-    path, labels = Path(name), None
-    if path.is_dir():
-        images, labels = from_folder(path, size)
-    elif path.is_file() and path.suffix == ".npz":
-        images, labels = from_npz(path)
+    path, labels = Path(name).resolve(), None
+    if path.is_dir() or path.suffix == ".npz":
+        data = load(str(path), size=size if path.is_dir() else 0)
+        images, labels = data.images, data.labels if data.classes else None
     else:
-        images = opened(path, "--images", lambda: decode(path, size)[0])[None]
-    if images.shape[1] != size:
-        raise BadInput(f"--images {path} has {images.shape[1]} pixels a side, this run {size}; resize them")
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        images = opened(path, "--images", lambda: torch.tensor(decode(path, size)[0]).permute(2, 0, 1)[None])
+    if images.shape[-1] != size:
+        raise BadInput(f"--images {name} has {images.shape[-1]} pixels a side, this run {size}; resize them")
     if images.shape[1] > channels:
         images = (images * LUMA).sum(1, keepdim=True).round().to(torch.uint8)
-    return images.expand(-1, channels, -1, -1), None if labels is None else torch.from_numpy(labels).long()
+    return images.expand(-1, channels, -1, -1), labels
 
 
 def mask_of(file, size):
@@ -104,10 +102,10 @@ def mask_of(file, size):
     if not file:
         inside = (torch.arange(size) - (size - 1) / 2).abs() < size / 4
         return inside[:, None] & inside
-    mask = opened(file, "--mask", lambda: np.asarray(Image.open(file).convert("L")) > 127)
+    mask = opened(file, "--mask", lambda: torch.tensor(np.asarray(Image.open(file).convert("L"))))
     if mask.shape != (size, size):
         raise BadInput(f"--mask {file} has {mask.shape[1]} x {mask.shape[0]} pixels; the run needs {size} x {size}")
-    return torch.from_numpy(mask)
+    return mask > 127
 
 
 def opened(file, flag, decoder):

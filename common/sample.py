@@ -33,15 +33,15 @@ def flags(argv=None):
     ap.add_argument("--steps", type=int, help="sampling steps [those of the run]")
     ap.add_argument("--t-mid", "--t_mid", type=float, help="middle noise level [that of the run]")
     ap.add_argument("--ts", type=numbers, metavar="T,T,..", help="all noise levels, descending, one step each")
-    ap.add_argument("--find-ts", "--find_ts", action="store_true", help="search the second level of two, by FD (pixels)")
-    ap.add_argument("--edit", choices=[*EDITS, "interpolate"], help="what to do with images, or between two noises; "
-                    "levels: --ts, or --sigma, or [Karras' grid of 40, less the last; interpolate: those of the run]")
+    ap.add_argument("--find-ts", "--find_ts", action="store_true", help="search the second level of two by FD (pixels)")
+    ap.add_argument("--edit", choices=[*EDITS, "interpolate"], help="images, or blend pairs of noise (interpolate); "
+                    "levels: --ts [39, Karras' grid of 40 but for the last; stroke, denoise: --sigma]")
     ap.add_argument("--images", help="a picture, a folder or a .npz to edit [the run's data set]")
     ap.add_argument("--mask", help="inpaint: a picture, white where to generate [a square, half of each side]")
-    ap.add_argument("--patch", type=int, help="superres: pixels a side that become one [2, from 96 pixels on size / 32]")
-    ap.add_argument("--sigma", type=float, help="stroke, denoise: noise level [1, 0.5]; stroke repeats with 0.416 of it")
+    ap.add_argument("--patch", type=int, help="superres: pixels a side that become one [2, from 96 on size / 32]")
+    ap.add_argument("--sigma", type=float, help="stroke, denoise: noise level [1, 0.5]; stroke adds one at 0.416 of it")
     ap.add_argument("--n", type=int, help=f"how many images [64; to edit: 16; to search: {FD_IMAGES}]")
-    ap.add_argument("--classes", type=integers, help="labels, such as 3,5; repeated up to --n [all, or the images' own]")
+    ap.add_argument("--classes", type=integers, help="labels, such as 3,5; repeated up to --n [all; the images' own]")
     ap.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone [%(default)s]")
     ap.add_argument("--batch", type=int, default=256, help="images at a time [%(default)s]")
     ap.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto", help="[%(default)s]")
@@ -51,79 +51,74 @@ def flags(argv=None):
     given = lambda *names: any(getattr(a, k) is not None for k in names)
     for flag, edits in FOR.items():
         if given(flag) and a.edit not in edits:
-            raise BadInput(f"--{flag} is for --edit {' and '.join(edits)}; leave it out")
-    if a.find_ts and (given("ts", "t_mid", "edit", "out") or a.steps not in (None, 2)):
-        raise BadInput("--find-ts searches the second level of two and prints it; leave out --steps, --t-mid, --ts, "
-                       "--edit, --out")
-    if given("ts") and given("steps", "t_mid", "sigma"):
-        raise BadInput("--ts names all levels; leave out --steps, --t-mid and --sigma")
-    if a.edit in EDITS and given("steps", "t_mid"):
-        raise BadInput(f"--edit {a.edit} takes its levels from --ts; leave out --steps and --t-mid")
+            raise BadInput(f"--{flag} is for --edit {' | '.join(edits)} alone; leave it out")
+    if a.find_ts and (given("t_mid", "ts", "edit", "out") or a.steps not in (None, 2)):
+        raise BadInput("--find-ts prints the best second level of two; leave out --steps, --t-mid, --ts, --edit, --out")
+    if a.ts and given("steps", "t_mid", "sigma") or a.edit in EDITS and given("steps", "t_mid"):
+        raise BadInput("--ts gives all levels, to --edit as well; leave out --steps, --t-mid and --sigma beside it")
     return a
 
 
 def levels(a, args, net):
     """The noise levels of --ts, --sigma or --edit, descending; None: the method's own. Raises BadInput."""
-    sigma = a.sigma if a.sigma is not None else dict(stroke=1.0, denoise=0.5).get(a.edit)
+    sigma = dict(stroke=1.0, denoise=0.5).get(a.edit) if a.sigma is None else a.sigma
     ts = a.ts
-    if ts is None and sigma is not None:
-        ts = (sigma, sigma * 2.24 / 5.38) if a.edit == "stroke" else (sigma,)    # the paper's ratio, Appendix D
-    elif ts is None:                                     # less the last, at which f is the identity
+    if ts is None and sigma is not None:                 # stroke: two levels in the paper's ratio
+        ts = (sigma, sigma * 2.24 / 5.38) if a.edit == "stroke" else (sigma,)
+    elif ts is None:                                     # the last level is the boundary, where f is the identity
         return edit.karras(args.t_max, max(net.t_min, 0.002))[:-1] if a.edit in EDITS else None
     if not ts or not ts[0] <= args.t_max or not all(t > r for t, r in zip(ts, (*ts[1:], net.t_min))):
-        raise BadInput(f"noise levels must descend, from {args.t_max:g} at most to above {net.t_min:g}; change --ts "
-                       "or --sigma")
+        raise BadInput(f"--ts and --sigma: noise levels descend, from {args.t_max:g} or less, and end above "
+                       f"{net.t_min:g}")
     return ts
-
-
-def sources(a, args, config, size, channels):
-    """The images to edit or to compare with, uint8 [N, C, H, W], and their labels [N] or None. Raises BadInput."""
-    if a.images:
-        return edit.images_of(a.images, size, channels)
-    data = load(args.dataset, args.data_dir, args.size)
-    if data.sha256 != config["about"]["data_sha256"]:
-        raise BadInput(f"{data.name} no longer holds the images of this run; put them back, or see --data-dir")
-    return data.images, data.labels if data.classes else None
 
 
 def labels_of(a, classes, own):
     """The labels to repeat: --classes, or the images' `own`, or all; None if the run has none. Raises BadInput."""
+    if not classes and a.classes:
+        raise BadInput("--classes: this run was not trained with --cond")
+    if classes and a.images and own is None and not a.classes:
+        raise BadInput(f"--images {a.images} has no labels, which this run needs; give --classes")
     if not classes:
-        if a.classes:
-            raise BadInput("--classes: this run was not trained with --cond")
         return None
-    if a.images and own is None and not a.classes:
-        raise BadInput(f"{a.images} has no labels, which this run needs; give --classes")
     labels = torch.tensor(a.classes or range(classes)) if a.classes or own is None else own
     if labels.min() < 0 or labels.max() >= classes:
         raise BadInput(f"--classes must lie in 0 .. {classes - 1}")
     return labels
 
 
-def main(argv=None):
-    """Draw or edit images and write them; return them, uint8 [N, C, H, W], and their labels [N] or None."""
-    a = flags(argv)
-    path, out = Path(a.run), Path(a.out or "grid.png")
+def run_of(a):
+    """The method's module, its arguments and config.json, for the run that is named. Raises BadInput."""
+    path = Path(a.run)
     config = config_of(path if path.is_dir() else path.parent)
     name = config["about"]["script"]
     if not importlib.util.find_spec(name):
         raise BadInput(f"{path} was made by {name}.py, which is not here; put it back")
-    method, diffusion = importlib.import_module(name), name == "common.teacher"
+    method = importlib.import_module(name)
     args = method.Args(**{k: v for k, v in config.items() if k in method.Args.__dataclass_fields__})
     args.steps = args.steps if a.steps is None else a.steps
     args.data_dir = a.data_dir or args.data_dir
-    if diffusion and (a.ts or a.find_ts or a.edit):
-        raise BadInput("--ts, --find-ts and --edit are for consistency models; this run is a diffusion model")
     if a.t_mid is not None:
         if not hasattr(args, "t_mid") or not 0 < a.t_mid < getattr(args, "t_max", math.inf):
             raise BadInput("--t-mid must lie between 0 and the run's --t-max; diffusion models have none")
         args.t_mid = a.t_mid
+    if name == "common.teacher" and (a.ts or a.find_ts or a.edit):
+        raise BadInput("--ts, --find-ts and --edit are for consistency models; this run is a diffusion model")
     if args.steps < 1 or a.batch < 1 or a.n is not None and a.n < 1:
         raise BadInput("--steps, --n and --batch must be at least 1")
+    return method, args, config
+
+
+def main(argv=None):
+    """Draw or edit images and write them; return them, uint8 [N, C, H, W], and their labels [N] or None. With
+    --find-ts, return the level found."""
+    a = flags(argv)
+    method, args, config = run_of(a)
+    out = Path(a.out or "grid.png")
     if out.suffix not in (".png", ".npz") and out.exists() and (out.is_file() or any(out.iterdir())):
         raise BadInput(f"--out {out} exists already; name a new folder, a .png or a .npz")
     device = device_of(a.device)
-    net = teacher.load(path, device)
+    net = teacher.load(a.run, device)
     size, channels, classes = (net.model.kwargs[k] for k in ("size", "channels", "classes"))
     ts, mask, patch = levels(a, args, net), edit.mask_of(a.mask, size).to(device), a.patch
     patch = max(2, size // 32) if patch is None else patch
@@ -131,18 +126,25 @@ def main(argv=None):
         raise BadInput(f"--patch must be at least 2 and divide the {size} pixels of a side")
     if a.edit == "colorize" and channels == 1:
         raise BadInput("--edit colorize: the images of this run are grey; take another run")
-    real, own = sources(a, args, config, size, channels) if a.find_ts or a.edit in EDITS else (None, None)
+    real = own = None
+    if a.images:
+        real, own = edit.images_of(a.images, size, channels)
+    elif a.edit in EDITS or a.find_ts:
+        data = load(args.dataset, args.data_dir, args.size)
+        if data.sha256 != config["about"]["data_sha256"]:
+            raise BadInput(f"{data.name} no longer holds the images of this run; put them back, or see --data-dir")
+        real, own = data.images, data.labels if a.edit else None
     labels = labels_of(a, classes, own)
 
-    n = a.n or (FD_IMAGES if a.find_ts else 64 if real is None else 16)
+    n = a.n or (FD_IMAGES if a.find_ts else 16 if a.edit in EDITS else 64)
     n = n if real is None else min(n, len(real))
-    cols = 0 if labels is None else len(labels)
-    cols = n if a.edit in EDITS else max(2, min(n, 8)) if a.edit else cols
-    if labels is not None:
+    cols = n if a.edit in EDITS else max(2, min(n, 8)) if a.edit else 0 if labels is None else len(labels)
+    if labels is not None:                                        # interpolate: one for each row
         labels = labels[torch.arange(n) // (cols if a.edit == "interpolate" else 1) % len(labels)]
-    k = len(ts) if ts else 1 if diffusion else args.steps         # the diffusion sampler draws noise once
+    # the diffusion sampler draws noise once
+    k = len(ts) if ts else 1 if method is teacher else args.steps
     noise = lambda i, k: noise_of(i, k, (channels, size, size), device, a.seed)
-    sample = lambda z, y: edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args)
+    sample = lambda z, y: quantise(edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args))
 
     def draw(make):
         """make(ids, labels) of all images, --batch at a time."""
@@ -153,24 +155,23 @@ def main(argv=None):
 
     def edited(i, y):
         z = noise(i, k)
-        x0 = real[i].to(z) / 127.5 - 1
-        return quantise(torch.stack(edit.change(net, a.edit, x0, z, y, ts, mask, patch), 1))
+        return quantise(torch.stack(edit.change(net, a.edit, real[i].to(z) / 127.5 - 1, z, y, ts, mask, patch), 1))
 
     def between(i, y):
-        pair, w = i // cols, (i % cols / (cols - 1)).to(device).view(-1, 1, 1, 1)
-        z = noise(2 * pair, k)                                    # the noise of later steps stays the same
-        z[0] = edit.slerp(z[0], noise(2 * pair + 1, 1)[0], w)
-        return quantise(sample(z, y))
+        row, w = i // cols, (i % cols / (cols - 1)).to(device).view(-1, 1, 1, 1)
+        z = noise(2 * row, k)                                     # that of later steps stays the same
+        z[0] = edit.slerp(z[0], noise(2 * row + 1, 1)[0], w)
+        return sample(z, y)
 
     if a.find_ts:
         g = torch.Generator().manual_seed(0)
         real = real[torch.randperm(len(real), generator=g)[:n]]   # as in training
-        return find(lambda images: fd_pixels(real, images), path, net, args.t_max, draw, noise)
+        return find(lambda images: fd_pixels(real, images), a.run, net, args.t_max, draw, noise)
     if a.edit in EDITS:
         seen, images = draw(edited).unbind(1)
-        sheet = torch.cat([real[:n].cpu(), seen, images])
+        sheet = torch.cat([real[:n], seen, images])
     else:
-        images = sheet = draw(between if a.edit else lambda i, y: quantise(sample(noise(i, k), y)))
+        images = sheet = draw(between if a.edit else lambda i, y: sample(noise(i, k), y))
     write(images, labels, out, picture(sheet, cols))
     steps = len(ts) if ts else args.steps
     print(f"{n} images in {steps} step{'s' * (steps > 1)}: {out}")
@@ -183,8 +184,10 @@ def find(score, path, net, t_max, draw, noise):
     print(f"FD (pixels) of {len(first):,} images, 2 steps, by the second noise level")
 
     def at(t):
-        images = draw(lambda i, y: quantise(edit.multistep(net, noise(i, 2)[1:], y, [t], first[i].to(noise(i, 1)))))
-        value = score(images)
+        def second(i, y):
+            z = noise(i, 2)[1:]
+            return quantise(edit.multistep(net, z, y, [t], first[i].to(z)))
+        value = score(draw(second))
         print(f"  {t:<10g}{value:8.4f}", flush=True)
         return value
 

@@ -73,6 +73,19 @@ def levels(a, args, net):
     return ts
 
 
+def images_of(a, args, config, size, channels):
+    """The images to edit, uint8 [N, C, H, W], and their labels [N] or None; --find-ts: the real ones. Raises BadInput."""
+    if a.images:
+        return edit.images_of(a.images, size, channels)
+    data = load(args.dataset, args.data_dir, args.size)
+    if data.sha256 != config["about"]["data_sha256"]:
+        raise BadInput(f"{data.name} no longer holds the images of this run; put them back, or see --data-dir")
+    if a.edit:
+        return data.images, data.labels
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))      # as in training
+    return data.images[order[:a.n or FD_IMAGES]], None
+
+
 def labels_of(a, classes, own):
     """The labels to repeat: --classes, or the images' `own`, or all; None if the run has none. Raises BadInput."""
     if not classes and a.classes:
@@ -126,23 +139,15 @@ def main(argv=None):
         raise BadInput(f"--patch must be at least 2 and divide the {size} pixels of a side")
     if a.edit == "colorize" and channels == 1:
         raise BadInput("--edit colorize: the images of this run are grey; take another run")
-    real = own = None
-    if a.images:
-        real, own = edit.images_of(a.images, size, channels)
-    elif a.edit in EDITS or a.find_ts:
-        data = load(args.dataset, args.data_dir, args.size)
-        if data.sha256 != config["about"]["data_sha256"]:
-            raise BadInput(f"{data.name} no longer holds the images of this run; put them back, or see --data-dir")
-        real, own = data.images, data.labels if a.edit else None
+    real, own = images_of(a, args, config, size, channels) if a.edit in EDITS or a.find_ts else (None, None)
     labels = labels_of(a, classes, own)
 
-    n = a.n or (FD_IMAGES if a.find_ts else 16 if a.edit in EDITS else 64)
+    n = a.n or (64 if real is None else 16 if a.edit else FD_IMAGES)
     n = n if real is None else min(n, len(real))
     cols = n if a.edit in EDITS else max(2, min(n, 8)) if a.edit else 0 if labels is None else len(labels)
     if labels is not None:                                        # interpolate: one for each row
         labels = labels[torch.arange(n) // (cols if a.edit == "interpolate" else 1) % len(labels)]
-    # the diffusion sampler draws noise once
-    k = len(ts) if ts else 1 if method is teacher else args.steps
+    k = len(ts) if ts else 1 if method is teacher else args.steps  # the diffusion sampler draws noise once
     noise = lambda i, k: noise_of(i, k, (channels, size, size), device, a.seed)
     sample = lambda z, y: quantise(edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args))
 
@@ -164,8 +169,6 @@ def main(argv=None):
         return sample(z, y)
 
     if a.find_ts:
-        g = torch.Generator().manual_seed(0)
-        real = real[torch.randperm(len(real), generator=g)[:n]]   # as in training
         return find(lambda images: fd_pixels(real, images), a.run, net, args.t_max, draw, noise)
     if a.edit in EDITS:
         seen, images = draw(edited).unbind(1)

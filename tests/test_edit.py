@@ -290,9 +290,10 @@ def test_edits_do_not_depend_on_the_batch(grey, colour, draw):
     made = []
     for edit_ in ("inpaint", "superres", "stroke", "denoise", "colorize", "interpolate"):
         run = colour if edit_ == "colorize" else grey
-        made.append(draw(run, "--edit", edit_)[0])
-        assert close(draw(run, "--edit", edit_, "--batch", 4)[0], made[-1]), edit_
-        assert not close(draw(run, "--edit", edit_, "--seed", 1)[0], made[-1])
+        argv = [run, "--edit", edit_] + (["--ts", "80,5,1"] if edit_ not in ("stroke", "denoise") else [])
+        made.append(draw(*argv)[0])
+        assert close(draw(*argv, "--batch", 4)[0], made[-1]), edit_
+        assert not close(draw(*argv, "--seed", 1)[0], made[-1])
         assert not any(a.shape == made[-1].shape and close(a, made[-1]) for a in made[:-1])
 
 
@@ -349,7 +350,7 @@ def test_images_of_all_kinds(grey, colour, draw, tmp_path):
         Image.fromarray(image).convert("RGB").save(tmp_path / f"folder/{i}.png")
     np.savez(tmp_path / "a.npz", images=real)
     for name, n in ("folder/0.png", 1), ("folder", 3), ("a.npz", 3):
-        out = draw(grey, "--edit", "superres", "--images", tmp_path / name, out="out.png")
+        out = draw(grey, "--edit", "stroke", "--images", tmp_path / name, out="out.png")
         sheet = np.asarray(Image.open(out[2]))[::4, ::4, 0]
         assert len(out[0]) == n and abs(sheet[:8, :8].astype(int) - real[0]).max() <= 1, name
     assert draw(colour, "--edit", "colorize", "--images", tmp_path / "a.npz", "--classes", 0)[0].shape == (3, 3, 8, 8)

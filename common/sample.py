@@ -74,7 +74,7 @@ def levels(a, args, net):
 
 
 def images_of(a, args, config, size, channels):
-    """The images to edit, uint8 [N, C, H, W], and their labels [N] or None; --find-ts: the real ones. Raises BadInput."""
+    """The images to edit or to compare with, uint8 [N, C, H, W], and their labels [N] or None. Raises BadInput."""
     if a.images:
         return edit.images_of(a.images, size, channels)
     data = load(args.dataset, args.data_dir, args.size)
@@ -184,7 +184,8 @@ def main(argv=None):
 def find(score, path, net, t_max, draw, noise):
     """Search the second noise level of two for the lowest score(images), with the same noise at every level."""
     first = draw(lambda i, y: edit.multistep(net, noise(i, 1), y, [t_max]))      # the same for all
-    print(f"FD (pixels) of {len(first):,} images, 2 steps, by the second noise level")
+    print(f"FD (pixels) of {len(first):,} images, 2 steps, by the second noise level; "
+          f"1 step: {score(quantise(first)):.4f}")
 
     def at(t):
         def second(i, y):

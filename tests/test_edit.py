@@ -42,8 +42,8 @@ def units(k):
 @pytest.mark.parametrize("ts", [[80.0], [80.0, 0.821], [5.0, 2.0, 1.0, 0.9, 0.4], [0.31]])
 @pytest.mark.parametrize("t_min", [0.0, 0.3])
 def test_multistep_keeps_the_distribution(ts, t_min):
-    """Noise of variance t^2 instead of t^2 - t_min^2, an index for a level, steps that share noise or lack it: data of
-    N(m, s^2 + t_min^2) stays that, exactly, whatever the levels. The map is affine: its coefficients are its moments."""
+    """Noise of variance t^2 instead of t^2 - t_min^2, an index for a level, steps that share noise or lack it: data
+    of N(m, s^2 + t_min^2) stays that, exactly, whatever the levels. The map is affine; coefficients give moments."""
     net = Gaussian(t_min=t_min)
     std = (net.s**2 + t_min**2) ** 0.5
     out = edit.multistep(net, units(len(ts)), None, ts, net.m).flatten()
@@ -92,8 +92,8 @@ def test_karras():
 @pytest.mark.parametrize("top", [0.011, 0.3, 0.821, 1.7, 40.0, 79.0])
 @pytest.mark.parametrize("flat", [math.inf, 1.2])
 def test_search_finds_the_optimum(top, flat):
-    """A bracket that loses the minimum, at the ends or beside plateaus; a level returned that was not the best measured;
-    a level that cannot be typed; too many measurements."""
+    """A bracket that loses the minimum, at the ends or beside plateaus; a level returned that was not the best
+    measured, or that cannot be typed; too many measurements."""
     seen = {}
 
     def score(t):
@@ -177,11 +177,13 @@ def test_the_papers_colour_matrix():
 
 
 def test_strokes_keep_their_input_and_denoising_is_one_call():
-    """The first line of Algorithm 4, which with Omega = 1 leaves nothing of a stroke; noise that is not that of sigma."""
-    net, x0, z = Gaussian(m=0, s=0.2), torch.full((1, 1, 1, 1), 0.4).double(), torch.full((2, 1, 1, 1, 1), 0.05).double()
+    """The first line of Algorithm 4, which with Omega = 1 leaves nothing of a stroke; noise that is not sigma's."""
+    net, x0 = Gaussian(m=0, s=0.2), torch.full((1, 1, 1, 1), 0.4).double()
+    z = torch.full((2, 1, 1, 1, 1), 0.05).double()
     seen, out = edit.change(net, "stroke", x0, z, None, [0.5, 0.2])
     once = net.a(0.5) * (0.4 + 0.5 * 0.05)
-    assert seen.item() == pytest.approx(0.425) and out.item() == pytest.approx(net.a(0.2) * (once + 0.2 * 0.05))
+    assert seen.item() == pytest.approx(0.425)
+    assert out.item() == pytest.approx(net.a(0.2) * (once + 0.2 * 0.05))
     seen, out = edit.change(net, "denoise", x0, z[:1], None, [0.5])
     assert seen.item() == pytest.approx(0.425) and out.item() == pytest.approx(once)
 
@@ -235,12 +237,13 @@ def test_levels_reach_the_sampler(grey, draw, capsys):
     assert close(draw(grey, "--ts", "80")[0], draw(grey, "--steps", 1)[0])
     three = draw(grey, "--ts", "80 2.5 0.8")[0]
     assert "6 images in 3 steps" in capsys.readouterr().out
-    assert not close(three, draw(grey, "--steps", 3)[0]) and close(three[:2], draw(grey, "--ts", "80,2.5,.8", "--n", 2)[0])
+    assert not close(three, draw(grey, "--steps", 3)[0])
+    assert close(three[:2], draw(grey, "--ts", "80,2.5,.8", "--n", 2)[0])
 
 
 def test_find_ts_measures_what_sampling_draws(grey, draw, capsys, monkeypatch):
-    """Figures of other images than those that --ts draws, or against other real ones; noise that changes with the level;
-    a figure printed for another level; a best level that is not the last line's."""
+    """Figures of other images than those that --ts draws, or against other real ones; noise that changes with the
+    level; a figure printed for another level; a best level that is not the last line's."""
     seen = {}
 
     def search(score, lo, hi):
@@ -256,7 +259,9 @@ def test_find_ts_measures_what_sampling_draws(grey, draw, capsys, monkeypatch):
         drawn = draw(grey, "--ts", f"80,{t}", "--n", 40)[0].to(torch.uint8)
         assert seen[t] == pytest.approx(fd_pixels(real, drawn), rel=1e-3)
         assert [float(v) for v in line.split()] == pytest.approx([t, seen[t]], abs=1e-4)
-    assert "40 images" in out[0] and out[-1] == f"best: python -m common.sample {grey} --ts 80,{best:g}" and len(out) == 5
+    assert "40 images" in out[0] and out[-1] == f"best: python -m common.sample {grey} --ts 80,{best:g}"
+    one = fd_pixels(real, draw(grey, "--steps", 1, "--n", 40)[0].to(torch.uint8))
+    assert float(out[0].split()[-1]) == pytest.approx(one, abs=1e-3) and len(out) == 5
     assert len(set(seen.values())) == 3 and best == min(seen, key=seen.get)
 
 
@@ -282,11 +287,11 @@ def test_inpainting_a_file(grey, draw, tmp_path):
     assert np.array_equal(rows[:8], real[0, 0]) and np.array_equal(rows[18:26], made[0, 0])
     assert np.array_equal(rows[9:17], np.where(mask, 128, real[0, 0]))
     square = (draw(grey, "--edit", "inpaint")[0] != real).any(0)[0]
-    assert not square[[0, 1, 6, 7]].any() and not square[:, [0, 1, 6, 7]].any() and square[2:6, 2:6].float().mean() > 0.9
+    assert square[2:6, 2:6].float().mean() > 0.9 and square.sum() == square[2:6, 2:6].sum()
 
 
 def test_edits_do_not_depend_on_the_batch(grey, colour, draw):
-    """Noise, labels or images of another image of the batch; a seed that changes nothing; edits that are all the same."""
+    """Noise, labels or images of another image of the batch; a seed that changes nothing; edits that are all one."""
     made = []
     for edit_ in ("inpaint", "superres", "stroke", "denoise", "colorize", "interpolate"):
         run = colour if edit_ == "colorize" else grey
@@ -316,7 +321,7 @@ def test_kept_coordinates_survive_a_network(colour, draw):
 
 
 def test_sigma_and_ts_are_the_levels_of_an_edit(grey, monkeypatch, tmp_path, capsys):
-    """Defaults instead of what was given, a second stroke level that does not follow, a grid that holds the boundary."""
+    """Defaults instead of what was given, a second stroke level that does not follow, a grid with the boundary."""
     seen = []
 
     def change(net, edit_, x0, noise, y, ts, mask, patch):
@@ -343,7 +348,7 @@ def test_rows_of_an_interpolation_end_at_samples(grey, draw):
 
 
 def test_images_of_all_kinds(grey, colour, draw, tmp_path):
-    """A picture, a folder or an array that is read as another one, or with other numbers of channels than the network's."""
+    """A picture, a folder or an array that is read as another one, or with other channels than the network's."""
     real = load("digits").images[:3, 0].numpy()
     (tmp_path / "folder").mkdir()
     for i, image in enumerate(real):
@@ -367,14 +372,17 @@ def test_labels_of_edits(colour, draw, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, hint", [
-    ("--ts 81", "80"), ("--ts 80,80", "descend"), ("--ts 1,2", "descend"), ("--ts 1,0", "above 0"), ("--ts nan", "--ts"),
-    ("--ts 1,-1", "above"), ("--ts inf", "80"), ("--ts=", "--ts"), ("--ts 1,x", "--ts"), ("--ts 1 --steps 1", "--steps"),
+    ("--ts 81", "80"), ("--ts 80,80", "descend"), ("--ts 1,2", "descend"), ("--ts 1,0", "above 0"),
+    ("--ts nan", "--ts"),
+    ("--ts 1,-1", "above"), ("--ts inf", "80"), ("--ts=", "--ts"), ("--ts 1,x", "--ts"),
+    ("--ts 1 --steps 1", "--steps"),
     ("--ts 1 --t-mid 1", "--t-mid"), ("--ts 1 --edit denoise --sigma 1", "--sigma"), ("--find-ts --steps 3", "--steps"),
     ("--find-ts --t-mid 1", "--t-mid"), ("--find-ts --ts 1", "--ts"), ("--find-ts --edit denoise", "--edit"),
     ("--find-ts --out x.png", "--out"), ("--edit inpaint --steps 2", "--steps"), ("--edit cut", "invalid choice"),
     ("--mask x.png", "inpaint"), ("--edit superres --mask x.png", "inpaint"), ("--edit inpaint --patch 2", "superres"),
     ("--edit inpaint --sigma 1", "denoise"), ("--edit interpolate --images x", "inpaint"), ("--images x", "inpaint"),
-    ("--edit superres --patch 3", "divide"), ("--edit superres --patch 0", "--patch"), ("--edit superres --patch 1", "least 2"),
+    ("--edit superres --patch 3", "divide"), ("--edit superres --patch 0", "--patch"),
+    ("--edit superres --patch 1", "least 2"),
     ("--edit denoise --sigma 0", "above 0"), ("--edit stroke --sigma 99", "80"), ("--edit colorize", "grey"),
     ("--edit inpaint --mask gone.png", "FileNotFound"), ("--edit inpaint --mask wide.png", "9 x 8"),
     ("--edit inpaint --images gone.png", "FileNotFound"), ("--edit inpaint --images gone.npz", "gone.npz"),

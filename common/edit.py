@@ -82,7 +82,7 @@ def slerp(a, b, w):
 
 
 # ---- files ---------------------------------------------------------------------------------------
-def images_of(name, size, channels):
+def read_images(name, size, channels):
     """A picture, a folder or a .npz, made to fit the network: uint8 [N,C,H,W], and labels [N] or None. BadInput."""
     path, labels = Path(name).resolve(), None
     if path.is_dir() or path.suffix == ".npz":

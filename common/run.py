@@ -21,7 +21,7 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
               "device", "data_dir", "out", "resume"}            # on resume; the rest defines the run
 AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
-                warmup=0, max_skips=0, dropout=0, ema=0, size=0, c=0, k=0)
+                warmup=0, max_skips=0, dropout=0, ema=0, size=0, c=0, k=0, boundaries=1, guidance=0, s0=2)
 FD_IMAGES = 2048                                                # at most, for fd_pixels
 EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
@@ -107,7 +107,8 @@ def resumed(cls, given):
     if old["about"]["script"] != script(inspect.getfile(cls)):
         raise BadInput(f"{given['resume']} was made by {old['about']['script']}; resume it with that")
     old = {f.name: old[f.name] for f in dataclasses.fields(cls) if f.name in old}
-    wrong = [k for k, v in given.items() if k not in MAY_CHANGE and v != old.get(k)]
+    may = MAY_CHANGE - set(getattr(cls, "fixed", ()))
+    wrong = [k for k, v in given.items() if k not in may and v != old.get(k)]
     if wrong:
         flag = wrong[0].replace("_", "-")
         raise BadInput(f"--{flag} defines the run and cannot change on --resume; start a new run instead")
@@ -172,7 +173,7 @@ class Run:
         for name, low in AT_LEAST.items():
             if not getattr(args, name, low) >= low:             # NaN is refused, too
                 raise BadInput(f"--{name.replace('_', '-')} must be at least {low}")
-        for name in ("lr", "sd"):
+        for name in ("lr", "sd", "t_min", "rho", "mu0"):
             if not 0 < getattr(args, name, 1) < math.inf:
                 raise BadInput(f"--{name} must be positive")
         if max(args.dropout, args.ema) >= 1:
@@ -185,8 +186,10 @@ class Run:
             raise BadInput("--mult takes one number, at least 1, for each resolution: such as 1,2,2")
         if args.shard and self.world == 1:
             raise BadInput("--shard needs several ranks; start with torchrun")
-        if not 0 < t_mid < getattr(args, "t_max", math.inf):
-            raise BadInput("--t-mid must lie between 0 and --t-max")
+        if not getattr(args, "t_min", 0) < t_mid < getattr(args, "t_max", math.inf):
+            raise BadInput("--t-mid must lie between 0, or --t-min, and --t-max")
+        if getattr(args, "s0", 0) > getattr(args, "s1", math.inf):
+            raise BadInput("--s0 must not exceed --s1")
 
     # -- randomness
     def seed(self, it, part=0, stream=0):

@@ -1,0 +1,285 @@
+"""
+cd.py: Consistency Distillation.    Song et al. 2023, arXiv:2303.01469.
+
+Idea    A diffusion model moves noise to data along the paths of an ODE, in many small steps. Learn a
+        function f that jumps from any point of a path to its end: take a point x_t, let the teacher
+        do a small step to x_r, and ask f for the same image from both. f(x, t_min) = x holds
+        by construction, so that from level to level the end of the path spreads to all of it. With
+        a perfect teacher and small steps the loss does go to zero; the second-order Heun step
+        makes 18 levels enough.
+
+One training step                                                                    [Algorithm 2]
+    n       ~  uniform on 1 .. N-1;  t = t_(n+1), r = t_n
+    x_t     =  x0 + t*eps
+    x_r     =  one Heun step of the teacher's ODE      # dx/dt = (x - D(x, t)) / t        [Eq. 6]
+    f_t     =  f(x_t, t; net)                          # gradient flows here
+    f_r     =  f(x_r, r; target), no gradient          # same dropout mask
+    loss    =  |f_t - f_r|^2                           # weight 1                         [Eq. 7]
+    target  <- mu*target + (1 - mu)*net                # mu = 0: the network itself       [Eq. 8]
+
+Deviations from the paper
+    The default distance is the squared L2 norm; the paper's best figures are with --distance lpips
+    (3.55 in one step). The norm is a sum over pixels, the paper's a mean: RAdam divides the factor
+    out. Pseudo-Huber is not in the paper but in its successor, ict.py.
+    DDPM++ of EDM instead of NCSN++: see --net.
+    The decay of the averaged weights ramps up in the first steps; in the paper it is constant.
+    Gradients that are not finite stop the run. GPUs multiply in TF32.
+    --guidance is not in the paper. It asks a teacher that knows "no label": ours do, EDM's released
+    ones were never trained for it.
+    --boundaries is not in the paper. It follows multistep consistency models (arXiv:2403.06807, the
+    loss on the estimate of x0) with this file's levels, solver and weights.
+    The presets digits and small are ours.
+
+Read next: ct.py.  See only what changes: diff cd.py ct.py
+"""
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from common import teacher as teachers
+from common.data import load
+from common.precond import EDM, backbone
+from common.run import BadInput, Run, parse, say
+
+
+# ==== 1. Arguments ================================================================================
+@dataclass
+class Args:
+    # --- the run (the same in every file)
+    dataset: str = "digits"           # digits | mnist | fashion_mnist | cifar10 | a folder | a .npz
+    data_dir: str = "data"            # where downloads are kept
+    out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
+    resume: str = ""                  # go on with this run folder; a finished one is only sampled
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small on a CPU, else fast
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
+    seed: int = 0                     # everything random follows from (seed, rank, step)
+    cond: bool = False                # condition on the class label
+    size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
+    net: Literal["ddpmpp"] = "ddpmpp"  # network family
+    ch: int = 128                     # base width of the network
+    mult: tuple = (2, 2, 2)           # width of each resolution, times ch
+    blocks: int = 4                   # residual blocks per resolution
+    attn: tuple = (16,)               # image sizes at which there is attention
+    teacher: str = "auto"             # auto | train | none | run folder | .pt | .pkl | address
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: its own preset
+    iters: int = 800_000              # optimiser steps
+    batch: int = 512                  # images per step, over all ranks
+    accum: int = 1                    # parts into which a rank's batch is split to save memory
+    lr: float = 4e-4                  # learning rate after warm-up
+    warmup: int = 0                   # steps of linear warm-up
+    ema: float = 0.9999               # decay of the averaged weights, which are the ones sampled
+    dropout: float = 0.0              # dropout inside the network
+    flip: bool = False                # random horizontal flips
+    bf16: bool = False                # bfloat16 activations; weights and loss stay float32
+    compile: bool = False             # torch.compile the network
+    shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
+    steps: int = 2                    # sampling steps
+    grid: int = 64                    # images in a sample grid
+    log_every: int = 100              # steps between log lines
+    save_every: int = 5_000           # steps between checkpoints, grids and figures
+    keep: bool = False                # keep every checkpoint, not only the last two
+    max_skips: int = 0                # steps that may be skipped because they are not finite
+    # --- the method (defaults: the paper's recipe for CIFAR-10, Table 3)
+    N: int = 0                        # noise levels; 0: 18, or the next that --boundaries allows
+    solver: Literal["heun", "euler"] = "heun"  # the teacher's step
+    distance: Literal["l2", "l1", "huber", "lpips"] = "l2"  # l2 is squared; lpips: pip install lpips
+    mu: float = 0.0                   # decay of the target network; 0: the network itself
+    guidance: float = 0.0             # classifier-free guidance of the teacher, with --cond
+    boundaries: int = 1               # K: learn K shorter jumps, sample them in K steps
+    t_mid: float = 0.585              # noise level of the second sampling step
+    t_max: float = 80.0               # noise level of the first, and the highest of the grid
+    t_min: float = 0.002              # the lowest: f(x, t_min) = x
+    rho: float = 7.0                  # bends the grid towards low levels
+    sd: float = 0.5                   # standard deviation of the data, sigma_data
+
+
+PRESETS = {
+    "paper": dict(cost="800,000 steps of 512 images; the authors used eight A100"),
+    # ours, for two CPU cores: small networks, short average. Warm-up: the first five steps of
+    # RAdam are not normalised, and at this lr they would wreck what the teacher knows
+    "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=400,
+                  batch=64, lr=5e-4, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1,
+                  save_every=200),
+    "digits": dict(cost="about 8 minutes on two CPU cores, teacher included", iters=600, batch=128,
+                   lr=5e-4, warmup=50, ema=0.99, ch=32, mult=(1, 2), blocks=1, attn=(4,),
+                   save_every=200, t_mid=1.2, sd=0.75),
+    "cifar10": dict(flip=True),
+    # the data's own standard deviation; the second sampling level follows it
+    "mnist": dict(sd=0.55, t_mid=0.9),
+    "fashion_mnist": dict(sd=0.66, t_mid=1.1),
+}
+
+
+def settle(args, device):
+    """Refuse flags that contradict each other, fill in those left open, before a teacher is trained
+    or a file written. Return the LPIPS distance, None if it is not asked for."""
+    K = args.boundaries
+    if args.teacher == "none":
+        raise BadInput("--teacher none: distillation needs a teacher; leave the flag out")
+    if args.guidance and not args.cond:
+        raise BadInput("--guidance needs class labels and a teacher that knows them; add --cond")
+    if not 0 <= args.mu < 1:
+        raise BadInput("--mu must be at least 0 and below 1")
+    if args.N and (args.N < 2 or (args.N - 1) % K):
+        raise BadInput(f"--N {args.N}: N - 1 must be a positive multiple of --boundaries {K}")
+    args.N = args.N or 1 + math.ceil(17 / K) * K
+    if K > 1:
+        args.steps = K
+        say(f"--boundaries {K}: {args.N} noise levels, sampled in {K} steps")
+    if args.distance == "lpips":
+        try:
+            import lpips
+            vgg = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
+        except (ImportError, OSError) as e:
+            raise BadInput(f"--distance lpips: {e}; pip install lpips, which fetches VGG16 weights")
+        resize = lambda x: torch.nn.functional.interpolate(x, size=(224, 224), mode="bilinear")
+        rgb = lambda x: resize(x).expand(-1, 3, -1, -1)   # VGG knows no grey
+        return lambda a, b: vgg(rgb(a), rgb(b)).flatten()
+
+
+# ==== 2. Schedules ================================================================================
+def karras(N, args):
+    """t_min = t_1 < .. < t_N = t_max, float64 [N]: equal steps of t^(1/rho)."""
+    lo, hi = args.t_min ** (1 / args.rho), args.t_max ** (1 / args.rho)
+    return (lo + torch.linspace(0, 1, N, dtype=torch.float64) * (hi - lo)) ** args.rho
+
+
+def times(n, it, args, device):
+    """Draw n pairs of neighbouring noise levels t > r, and the level s <= r down to which f jumps
+    from there, t_min for K = 1; each [n, 1, 1, 1]."""
+    ts = karras(args.N, args).float().to(device)
+    i = torch.randint(len(ts) - 1, (n, 1, 1, 1), device=device)
+    width = (len(ts) - 1) // args.boundaries              # of a segment
+    return ts[i + 1], ts[i], ts[i // width * width]
+
+
+# ==== 3. Loss =====================================================================================
+def solve(teacher, x, t, r, y, args):
+    """The teacher's step from x at level t to level r."""
+    def slope(x, t):
+        D = teacher(x, t, y)
+        if args.guidance:
+            D = D + args.guidance * (D - teacher(x, t, None))
+        return (x - D) / t
+    d = slope(x, t)
+    x_r = x + (r - t) * d                                 # Euler
+    if args.solver == "heun":
+        x_r = x + (r - t) * (d + slope(x_r, r)) / 2
+    return x_r
+
+
+def jump(net, x, t, s, y, args):
+    """From level t to s <= t, on the line from x to f(x, t); for s = t_min that is f(x, t)."""
+    w = (t - s) / (t - args.t_min).clamp(min=1e-9)        # clamp: at t = s = t_min stay where we are
+    return (1 - w) * x + w * net(x, t, y)
+
+
+def distance(a, b, args, lpips=None):
+    """Of images a and b [B,C,H,W], one number per image [B]."""
+    if args.distance == "lpips":
+        return lpips(a, b)
+    d = (a - b).flatten(1)
+    if args.distance == "l1":
+        return d.abs().sum(1)
+    if args.distance == "huber":
+        c = 0.00054 * math.sqrt(d[0].numel())
+        return ((d**2).sum(1) + c**2).sqrt() - c
+    return (d**2).sum(1)
+
+
+def loss_fn(net, target, teacher, x0, y, it, args, reseed, lpips=None):
+    """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t [B,1,1,1], loss [B].
+    reseed() resets the random generator, so that both networks drop the same units."""
+    t, r, s = times(len(x0), it, args, x0.device)
+    eps = torch.randn_like(x0)
+    x_t = x0 + t * eps
+    with torch.no_grad():
+        x_r = solve(teacher, x_t, t, r, y, args)          # on the same path of the ODE
+
+    reseed()                                              # same dropout mask in both calls
+    f_t = net(x_t, t, y)
+    reseed()
+    with torch.no_grad():                                 # the target is a constant
+        x_s = jump(target, x_r, r, s, y, args)
+        w = (t - args.t_min) / (t - s)                    # lengthen the line from x_t to x_s to t_min
+        f_r = (1 - w) * x_t + w * x_s                     # K = 1: w = 1, f_r = x_s = f(x_r, r)
+
+    loss = distance(f_t, f_r, args, lpips)
+    return loss.mean(), dict(t=t, loss=loss.detach())
+
+
+# ==== 4. Sampling =================================================================================
+@torch.no_grad()
+def sample(net, noise, y, args):
+    """Denoise, add less noise, denoise again (Algorithm 1): a step for each slice of noise
+    [K, B, C, H, W]."""
+    if args.boundaries > 1:                               # from edge to edge, without more noise
+        ts, x = karras(len(noise) + 1, args).flip(0).to(noise), args.t_max * noise[0]
+        for t, s in zip(ts, ts[1:]):
+            x = jump(net, x, t.expand(len(x), 1, 1, 1), s, y, args)
+        return x.clamp(-1, 1)
+    hi, lo, K = math.log10(args.t_max), math.log10(args.t_mid), len(noise)
+    ts = torch.logspace(hi, lo, K, dtype=noise.dtype, device=noise.device)
+    x = torch.zeros_like(noise[0])
+    for t, z in zip(ts, noise):                           # K = 1: t_max;  K = 2: t_max, t_mid
+        x = x + (t**2 - args.t_min**2).sqrt() * z         # f leaves noise of level t_min in x
+        x = net(x, t.expand(len(z), 1, 1, 1), y)
+    return x.clamp(-1, 1)
+
+
+# ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
+def main(args):
+    """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
+    run = Run(args, __file__)                             # device and ranks; no file is written yet
+    lpips = settle(args, run.device)                      # *
+    data = load(args.dataset, args.data_dir, args.size, run.device)
+    teacher = teachers.get(args, data, run, needed=True)  # *
+    run.seed(-1)                                          # negative: the same on every rank
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    net = EDM(backbone(args, data, teacher), args.sd, args.t_min, dtype)  # *
+    ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
+    target = run.place(deepcopy(net).requires_grad_(False))  # slow copy, training mode  # *
+    net = run.place(net)
+    if args.compile:                                      # both: other kernels, other masks  # *
+        net.compile()                                     # *
+        target.compile()                                  # *
+        teacher.compile()                                 # *
+    opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)  # *
+    state = dict(net=net, ema=ema, target=target, opt=opt)  # *
+    draw = lambda noise, y: sample(ema, noise, y, args)
+
+    it = run.start(state, data)                           # a new folder, or where it stopped
+    teachers.show(None if args.resume else teacher, run, data)  # *
+    while it < args.iters:
+        for part in range(args.accum):
+            run.seed(it, part)
+            x0, y = run.batch(data, it, part)
+            reseed = lambda: run.seed(it, part, stream=1)
+            loss, stats = loss_fn(net, target, teacher, x0, y, it, args, reseed, lpips)  # *
+            (loss / args.accum).backward()
+            run.count(stats)                              # sums stay on the device
+        lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))  # *
+        for group in opt.param_groups:
+            group["lr"] = lr
+        if run.sync(opt, it):                             # mean over ranks; False: not finite, skip
+            opt.step()
+            decay = min(args.ema, (it + 1) / (it + 10))   # a short average at first  # *
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+                slow, fast = list(target.parameters()), list(net.parameters())  # *
+                torch._foreach_lerp_(slow, fast, 1 - args.mu)  # *
+        opt.zero_grad(set_to_none=True)
+
+        it += 1
+        run.log(it, lr=lr)
+        if run.due(it):                                   # each --save-every, at the end, a signal
+            run.save(it, state)
+            run.evaluate(it, data, draw)
+    return run.finish(it, data, draw)
+
+
+if __name__ == "__main__":
+    main(parse(Args, PRESETS))

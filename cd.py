@@ -1,34 +1,29 @@
 """
 cd.py: Consistency Distillation.    Song et al. 2023, arXiv:2303.01469.
 
-Idea    A diffusion model moves noise to data along the paths of an ODE, in many small steps. Learn a
-        function f that jumps from any point of a path to its end: take a point x_t, let the teacher
-        do a small step to x_r, and ask f for the same image from both. f(x, t_min) = x holds
-        by construction, so that from level to level the end of the path spreads to all of it. With
-        a perfect teacher and small steps the loss does go to zero; the second-order Heun step
-        makes 18 levels enough.
+Idea    A diffusion model moves noise to data along the paths of an ODE, in many small steps. Learn
+        a function f that jumps from any point of a path to its end: let the teacher do one step
+        from x_t to x_r, and ask f for the same image from both. f(x, t_min) = x holds by the way f
+        is written, and spreads from level to level. With a perfect teacher and small steps the loss
+        does go to zero; Heun's second-order step makes 18 levels enough.
 
 One training step                                                                    [Algorithm 2]
     n       ~  uniform on 1 .. N-1;  t = t_(n+1), r = t_n
-    x_t     =  x0 + t*eps
-    x_r     =  one Heun step of the teacher's ODE      # dx/dt = (x - D(x, t)) / t        [Eq. 6]
+    x_t     =  x0 + t*eps;  x_r = x_t + (r - t)*slope  # of the teacher: (x - D(x, t))/t  [Eq. 6]
     f_t     =  f(x_t, t; net)                          # gradient flows here
     f_r     =  f(x_r, r; target), no gradient          # same dropout mask
     loss    =  |f_t - f_r|^2                           # weight 1                         [Eq. 7]
     target  <- mu*target + (1 - mu)*net                # mu = 0: the network itself       [Eq. 8]
 
 Deviations from the paper
-    The default distance is the squared L2 norm; the paper's best figures are with --distance lpips
-    (3.55 in one step). The norm is a sum over pixels, the paper's a mean: RAdam divides the factor
-    out. Pseudo-Huber is not in the paper but in its successor, ict.py.
+    The distance is the squared L2 norm, one of the paper's three; its best figures are with LPIPS.
+    The norm is a sum over pixels, the paper's a mean: RAdam divides the factor out.
     DDPM++ of EDM instead of NCSN++: see --net.
     The decay of the averaged weights ramps up in the first steps; in the paper it is constant.
-    Gradients that are not finite stop the run. GPUs multiply in TF32.
-    --guidance is not in the paper. It asks a teacher that knows "no label": ours do, EDM's released
-    ones were never trained for it.
-    --boundaries is not in the paper. It follows multistep consistency models (arXiv:2403.06807, the
-    loss on the estimate of x0) with this file's levels, solver and weights.
-    The presets digits and small are ours.
+    Non-finite gradients stop the run. GPUs multiply in TF32. Presets digits and small are ours.
+    Not in the paper: --distance huber (it is from ict.py); --guidance, for teachers trained with
+    dropped labels (ours, not EDM's); --boundaries, which follows multistep consistency models
+    (arXiv:2403.06807).
 
 Read next: ct.py.  See only what changes: diff cd.py ct.py
 """
@@ -40,6 +35,7 @@ from typing import Literal
 import torch
 
 from common import teacher as teachers
+from common.assets import perceptual
 from common.data import load
 from common.precond import EDM, backbone
 from common.run import BadInput, Run, parse, say
@@ -85,10 +81,10 @@ class Args:
     # --- the method (defaults: the paper's recipe for CIFAR-10, Table 3)
     N: int = 0                        # noise levels; 0: 18, or the next that --boundaries allows
     solver: Literal["heun", "euler"] = "heun"  # the teacher's step
-    distance: Literal["l2", "l1", "huber", "lpips"] = "l2"  # l2 is squared; lpips: pip install lpips
+    distance: Literal["l2", "l1", "huber", "lpips"] = "l2"  # l2: squared; lpips: of that package
     mu: float = 0.0                   # decay of the target network; 0: the network itself
     guidance: float = 0.0             # classifier-free guidance of the teacher, with --cond
-    boundaries: int = 1               # K: learn K shorter jumps, sample them in K steps
+    boundaries: int = 1               # K segments of the path: f jumps to the end of its own
     t_mid: float = 0.585              # noise level of the second sampling step
     t_max: float = 80.0               # noise level of the first, and the highest of the grid
     t_min: float = 0.002              # the lowest: f(x, t_min) = x
@@ -98,14 +94,12 @@ class Args:
 
 PRESETS = {
     "paper": dict(cost="800,000 steps of 512 images; the authors used eight A100"),
-    # ours, for two CPU cores: small networks, short average. Warm-up: the first five steps of
-    # RAdam are not normalised, and at this lr they would wreck what the teacher knows
-    "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=400,
-                  batch=64, lr=5e-4, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1,
-                  save_every=200),
-    "digits": dict(cost="about 8 minutes on two CPU cores, teacher included", iters=600, batch=128,
-                   lr=5e-4, warmup=50, ema=0.99, ch=32, mult=(1, 2), blocks=1, attn=(4,),
-                   save_every=200, t_mid=1.2, sd=0.75),
+    # ours, for two CPU cores: small networks, short averages
+    "small": dict(cost="half an hour on two CPU cores, teacher included", iters=500, lr=5e-4,
+                  batch=64, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),
+    "digits": dict(cost="8 minutes on two CPU cores, teacher included", iters=1_000, lr=5e-4,
+                   batch=128, warmup=50, ema=0.99, ch=32,
+                   mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=1.2, sd=0.75),
     "cifar10": dict(flip=True),
     # the data's own standard deviation; the second sampling level follows it
     "mnist": dict(sd=0.55, t_mid=0.9),
@@ -113,31 +107,17 @@ PRESETS = {
 }
 
 
-def settle(args, device):
-    """Refuse flags that contradict each other, fill in those left open, before a teacher is trained
-    or a file written. Return the LPIPS distance, None if it is not asked for."""
+def settle(args):
+    """Check and complete the flags, before anything is trained or written."""
     K = args.boundaries
-    if args.teacher == "none":
-        raise BadInput("--teacher none: distillation needs a teacher; leave the flag out")
     if args.guidance and not args.cond:
-        raise BadInput("--guidance needs class labels and a teacher that knows them; add --cond")
-    if not 0 <= args.mu < 1:
-        raise BadInput("--mu must be at least 0 and below 1")
+        raise BadInput("--guidance needs a teacher that knows the classes; add --cond")
     if args.N and (args.N < 2 or (args.N - 1) % K):
         raise BadInput(f"--N {args.N}: N - 1 must be a positive multiple of --boundaries {K}")
     args.N = args.N or 1 + math.ceil(17 / K) * K
     if K > 1:
         args.steps = K
         say(f"--boundaries {K}: {args.N} noise levels, sampled in {K} steps")
-    if args.distance == "lpips":
-        try:
-            import lpips
-            vgg = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
-        except (ImportError, OSError) as e:
-            raise BadInput(f"--distance lpips: {e}; pip install lpips, which fetches VGG16 weights")
-        resize = lambda x: torch.nn.functional.interpolate(x, size=(224, 224), mode="bilinear")
-        rgb = lambda x: resize(x).expand(-1, 3, -1, -1)   # VGG knows no grey
-        return lambda a, b: vgg(rgb(a), rgb(b)).flatten()
 
 
 # ==== 2. Schedules ================================================================================
@@ -148,8 +128,7 @@ def karras(N, args):
 
 
 def times(n, it, args, device):
-    """Draw n pairs of neighbouring noise levels t > r, and the level s <= r down to which f jumps
-    from there, t_min for K = 1; each [n, 1, 1, 1]."""
+    """Draw n pairs of levels t > r and the lower edge s <= r of their segment; [n, 1, 1, 1]."""
     ts = karras(args.N, args).float().to(device)
     i = torch.randint(len(ts) - 1, (n, 1, 1, 1), device=device)
     width = (len(ts) - 1) // args.boundaries              # of a segment
@@ -158,44 +137,29 @@ def times(n, it, args, device):
 
 # ==== 3. Loss =====================================================================================
 def solve(teacher, x, t, r, y, args):
-    """The teacher's step from x at level t to level r."""
+    """One step of the teacher's ODE, from x at level t to level r."""
     def slope(x, t):
         D = teacher(x, t, y)
         if args.guidance:
             D = D + args.guidance * (D - teacher(x, t, None))
         return (x - D) / t
     d = slope(x, t)
-    x_r = x + (r - t) * d                                 # Euler
     if args.solver == "heun":
-        x_r = x + (r - t) * (d + slope(x_r, r)) / 2
-    return x_r
+        d = (d + slope(x + (r - t) * d, r)) / 2
+    return x + (r - t) * d
 
 
-def jump(net, x, t, s, y, args):
-    """From level t to s <= t, on the line from x to f(x, t); for s = t_min that is f(x, t)."""
-    w = (t - s) / (t - args.t_min).clamp(min=1e-9)        # clamp: at t = s = t_min stay where we are
-    return (1 - w) * x + w * net(x, t, y)
-
-
-def distance(a, b, args, lpips=None):
-    """Of images a and b [B,C,H,W], one number per image [B]."""
-    if args.distance == "lpips":
-        return lpips(a, b)
-    d = (a - b).flatten(1)
-    if args.distance == "l1":
-        return d.abs().sum(1)
-    if args.distance == "huber":
-        c = 0.00054 * math.sqrt(d[0].numel())
-        return ((d**2).sum(1) + c**2).sqrt() - c
-    return (d**2).sum(1)
+def line(x, y, t, r, s):
+    """The straight line from x at noise level t to y at level r <= t, taken at level s."""
+    w = (t - s) / (t - r).clamp(min=1e-9)                 # clamp: 0, not 0 / 0, where all are equal
+    return (1 - w) * x + w * y
 
 
 def loss_fn(net, target, teacher, x0, y, it, args, reseed, lpips=None):
     """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t [B,1,1,1], loss [B].
     reseed() resets the random generator, so that both networks drop the same units."""
     t, r, s = times(len(x0), it, args, x0.device)
-    eps = torch.randn_like(x0)
-    x_t = x0 + t * eps
+    x_t = x0 + t * torch.randn_like(x0)
     with torch.no_grad():
         x_r = solve(teacher, x_t, t, r, y, args)          # on the same path of the ODE
 
@@ -203,30 +167,34 @@ def loss_fn(net, target, teacher, x0, y, it, args, reseed, lpips=None):
     f_t = net(x_t, t, y)
     reseed()
     with torch.no_grad():                                 # the target is a constant
-        x_s = jump(target, x_r, r, s, y, args)
-        w = (t - args.t_min) / (t - s)                    # lengthen the line from x_t to x_s to t_min
-        f_r = (1 - w) * x_t + w * x_s                     # K = 1: w = 1, f_r = x_s = f(x_r, r)
+        x_s = line(x_r, target(x_r, r, y), r, args.t_min, s)  # one segment: s = t_min, so that ..
+        f_r = line(x_t, x_s, t, s, args.t_min)            # .. f_r = x_s = target(x_r, r, y)
 
-    loss = distance(f_t, f_r, args, lpips)
+    loss = ((f_t - f_r) ** 2).flatten(1).sum(1)           # squared distance per image [B]
+    if args.distance == "l1":
+        loss = (f_t - f_r).abs().flatten(1).sum(1)
+    if args.distance == "huber":
+        c = 0.00054 * math.sqrt(x0[0].numel())
+        loss = (loss + c**2).sqrt() - c
+    if args.distance == "lpips":
+        loss = lpips(f_t, f_r)
     return loss.mean(), dict(t=t, loss=loss.detach())
 
 
 # ==== 4. Sampling =================================================================================
 @torch.no_grad()
 def sample(net, noise, y, args):
-    """Denoise, add less noise, denoise again (Algorithm 1): a step for each slice of noise
-    [K, B, C, H, W]."""
+    """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
     if args.boundaries > 1:                               # from edge to edge, without more noise
         ts, x = karras(len(noise) + 1, args).flip(0).to(noise), args.t_max * noise[0]
         for t, s in zip(ts, ts[1:]):
-            x = jump(net, x, t.expand(len(x), 1, 1, 1), s, y, args)
+            x = line(x, net(x, t.expand(len(x), 1, 1, 1), y), t, args.t_min, s)
         return x.clamp(-1, 1)
     hi, lo, K = math.log10(args.t_max), math.log10(args.t_mid), len(noise)
     ts = torch.logspace(hi, lo, K, dtype=noise.dtype, device=noise.device)
     x = torch.zeros_like(noise[0])
     for t, z in zip(ts, noise):                           # K = 1: t_max;  K = 2: t_max, t_mid
-        x = x + (t**2 - args.t_min**2).sqrt() * z         # f leaves noise of level t_min in x
-        x = net(x, t.expand(len(z), 1, 1, 1), y)
+        x = net(x + (t**2 - args.t_min**2).sqrt() * z, t.expand(len(z), 1, 1, 1), y)  # Alg. 1
     return x.clamp(-1, 1)
 
 
@@ -234,7 +202,8 @@ def sample(net, noise, y, args):
 def main(args):
     """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
-    lpips = settle(args, run.device)                      # *
+    settle(args)                                          # *
+    lpips = perceptual(run.device) if args.distance == "lpips" else None  # *
     data = load(args.dataset, args.data_dir, args.size, run.device)
     teacher = teachers.get(args, data, run, needed=True)  # *
     run.seed(-1)                                          # negative: the same on every rank
@@ -252,7 +221,7 @@ def main(args):
     draw = lambda noise, y: sample(ema, noise, y, args)
 
     it = run.start(state, data)                           # a new folder, or where it stopped
-    teachers.show(None if args.resume else teacher, run, data)  # *
+    teachers.show(teacher, run, data)                     # *
     while it < args.iters:
         for part in range(args.accum):
             run.seed(it, part)

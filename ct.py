@@ -3,28 +3,28 @@ ct.py: Consistency Training.    Song et al. 2023, arXiv:2303.01469.
 
 Idea    Consistency distillation (cd.py) without the teacher: x_r is x0 with less of the same noise.
         Why that works: given x_t, the mean of x0 + r*eps is exactly where one Euler step of the
-        probability-flow ODE from t to r lands, since E[x0 | x_t] is what a perfect teacher returns.
-        Up to higher orders of t - r the gradient is that of CD. What remains is the scatter around
+        probability-flow ODE from t to r lands, since E[x0 | x_t] is what a perfect teacher returns;
+        up to higher orders of t - r the gradient is that of CD. What remains is the scatter around
         the mean: the loss does not go to zero, not even at the solution, and cannot be watched.
-        Few levels give a biased but steady start, many a small bias: N grows, and so does mu.
+        Few levels learn fast and are biased, many the reverse: so N grows, and with it mu.
 
 One training step                                                                    [Algorithm 3]
     N       <- N(it)                                   # 2 .. s1 + 1 levels t_1 < .. < t_N
     n       ~  uniform on 1 .. N-1;  t = t_(n+1), r = t_n
-    f_t     =  f(x0 + t*eps, t; net)                   # gradient flows here
-    f_r     =  f(x0 + r*eps, r; target), no gradient   # same eps and dropout mask
+    x_t     =  x0 + t*eps;  x_r = x0 + r*eps           # the same eps
+    f_t     =  f(x_t, t; net)                          # gradient flows here
+    f_r     =  f(x_r, r; target), no gradient          # same dropout mask
     loss    =  |f_t - f_r|^2                           # weight 1                        [Eq. 10]
-    target  <- mu(it)*target + (1 - mu(it))*net        # after the optimiser's step       [Eq. 8]
+    target  <- mu*target + (1 - mu)*net                # mu = mu(it)                      [Eq. 8]
 
 Deviations from the paper
-    mu is the paper's mu0^(s0 / N); the authors' code computes mu0^(s0 / (N - 1)).
-    The distance is the squared L2 norm, which the paper has as one of three; its best figures are
-    with LPIPS (8.70 in one step). The norm is a sum over pixels, the paper's a mean: RAdam divides
-    the factor out.
+    The distance is the squared L2 norm, one of the paper's three; its best figures are with LPIPS.
+    The norm is a sum over pixels, the paper's a mean: RAdam divides the factor out.
     DDPM++ of EDM instead of NCSN++: see --net.
     The decay of the averaged weights ramps up in the first steps; in the paper it is constant.
-    Gradients that are not finite stop the run. GPUs multiply in TF32.
-    t_mid is ours, the paper names none for CIFAR-10. The presets digits and small are ours.
+    Non-finite gradients stop the run. GPUs multiply in TF32. Presets digits and small are ours.
+    mu is the paper's mu0^(s0 / N); the authors' code computes mu0^(s0 / (N - 1)).
+    t_mid is ours: the paper names none for CIFAR-10.
 
 Read next: ict.py.  See only what changes: diff ct.py ict.py
 """
@@ -92,12 +92,12 @@ class Args:
 
 PRESETS = {
     "paper": dict(cost="800,000 steps of 512 images; the authors used eight A100"),
-    # ours, for two CPU cores: small networks, short average, fewer levels
-    "small": dict(cost="about half an hour on two CPU cores", iters=2_000, batch=64, lr=1e-3,
-                  warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1, save_every=500, s1=40),
-    "digits": dict(cost="about 8 minutes on two CPU cores", iters=3_000, batch=128, lr=1e-3,
-                   warmup=50, ema=0.99, ch=32, mult=(1, 2), blocks=1, attn=(4,), save_every=750,
-                   t_mid=1.2, sd=0.75, s1=40),
+    # ours, for two CPU cores: small networks, short averages; fewer levels
+    "small": dict(cost="about half an hour on two CPU cores", iters=2_000, lr=1e-3, s1=40, mu0=0.5,
+                  batch=64, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),
+    "digits": dict(cost="about 8 minutes on two CPU cores", iters=3_000, lr=1e-3, s1=40, mu0=0.5,
+                   batch=128, warmup=50, ema=0.99, ch=32,
+                   mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=1.2, sd=0.75),
     "cifar10": dict(flip=True),
     # the data's own standard deviation; the second sampling level follows it
     "mnist": dict(sd=0.55, t_mid=0.9),
@@ -150,14 +150,12 @@ def loss_fn(net, target, x0, y, it, args, reseed):
 # ==== 4. Sampling =================================================================================
 @torch.no_grad()
 def sample(net, noise, y, args):
-    """Denoise, add less noise, denoise again (Algorithm 1): a step for each slice of noise
-    [K, B, C, H, W]."""
+    """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
     hi, lo, K = math.log10(args.t_max), math.log10(args.t_mid), len(noise)
     ts = torch.logspace(hi, lo, K, dtype=noise.dtype, device=noise.device)
     x = torch.zeros_like(noise[0])
     for t, z in zip(ts, noise):                           # K = 1: t_max;  K = 2: t_max, t_mid
-        x = x + (t**2 - args.t_min**2).sqrt() * z         # f leaves noise of level t_min in x
-        x = net(x, t.expand(len(z), 1, 1, 1), y)
+        x = net(x + (t**2 - args.t_min**2).sqrt() * z, t.expand(len(z), 1, 1, 1), y)  # Alg. 1
     return x.clamp(-1, 1)
 
 

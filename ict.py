@@ -1,27 +1,23 @@
 """
 ict.py: Improved Consistency Training.    Song and Dhariwal 2023, arXiv:2310.14189.
 
-Idea    CT (ct.py) with its choices revised. The slow target goes: with it the solution is biased
-        however many levels there are, with the network itself it is not. Then pairs may be far
-        closer, which takes care: N doubles at fixed times, near pairs weigh more, most levels are
-        drawn where images take shape, and a distance that grows like the norm, not its square, so
-        that no outlier dominates. It works for CT's reason; its loss does not go to zero, either.
+Idea    CT (ct.py), and for CT's reason it works, with every choice revised. No slow target: its lag
+        would swamp the ever smaller step between two levels. So there can be far more levels: N
+        doubles at fixed times, close pairs weigh more, most are drawn where images take shape, and
+        the distance grows like a norm, not its square: no outlier rules the gradient.
 
 One training step
     N       <- N(it)                                   # 11, 21, 41 .. 1281 levels       [Sec. 3.4]
     n       ~  lognormal, put on the grid;  t = t_(n+1), r = t_n                         [Sec. 3.5]
     f_t     =  f(x0 + t*eps, t)                        # gradient flows here
-    f_r     =  f(x0 + r*eps, r), no gradient           # same weights, eps and mask      [Sec. 3.2]
-    loss    =  d(f_t, f_r) / (t - r)                   # near pairs weigh more           [Sec. 3.1]
-                                                       # d = sqrt(|f_t - f_r|^2 + c^2) - c     [3.3]
+    f_r     =  f(x0 + r*eps, r), no gradient           # same weights, eps and dropout mask
+    loss    =  d(f_t, f_r) / (t - r)                   # d = sqrt(|f_t - f_r|^2 + c^2) - c
 
 Deviations from the paper
-    DDPM++ of EDM instead of NCSN++: see --net. Its embedding of ln(t)/4, with frequencies up to 1,
-    is as tame as the paper's small Fourier scale (0.02) is meant to be, and has no scale to set.
+    DDPM++ of EDM instead of NCSN++: see --net. Its embedding of ln(t)/4 has no frequency above 1;
+    there is nothing for the paper's small Fourier scale (0.02 instead of 16) to tame.
     The decay of the averaged weights ramps up in the first steps; in the paper it is constant.
-    Gradients that are not finite stop the run. GPUs multiply in TF32.
-    There is no code by the authors, and nobody is known to have reproduced the paper's figures.
-    The presets digits and small are ours.
+    Non-finite gradients stop the run. GPUs multiply in TF32. Presets digits and small are ours.
 
 Read next: ect.py.  See only what changes: diff ict.py ect.py
 """
@@ -79,9 +75,9 @@ class Args:
     # --- the method (defaults: the paper's recipe for CIFAR-10)
     s0: int = 10                      # steps between noise levels at the start
     s1: int = 1280                    # .. at the end
-    c: float = 0.00054                # pseudo-Huber constant, times sqrt(C * H * W)
-    P_mean: float = -1.1              # mean of ln r
-    P_std: float = 2.0                # standard deviation of ln r
+    c: float = 0.00054                # pseudo-Huber constant over sqrt(C * H * W)
+    P_mean: float = -1.1              # mean of ln t
+    P_std: float = 2.0                # standard deviation of ln t
     t_mid: float = 0.821              # noise level of the second sampling step
     t_max: float = 80.0               # noise level of the first, and the highest of the grid
     t_min: float = 0.002              # the lowest: f(x, t_min) = x
@@ -91,13 +87,12 @@ class Args:
 
 PRESETS = {
     "paper": dict(cost="400,000 steps of 1,024 images; the authors used many A100"),
-    # ours, for two CPU cores: small networks, short average, fewer levels, no dropout
-    "small": dict(cost="about half an hour on two CPU cores", iters=2_000, batch=64, lr=1e-3,
-                  warmup=50, ema=0.99, dropout=0.0, ch=32, mult=(1, 1, 2), blocks=1,
-                  save_every=500),
-    "digits": dict(cost="about 8 minutes on two CPU cores", iters=3_000, batch=128, lr=1e-3,
-                   warmup=50, ema=0.99, dropout=0.0, ch=32, mult=(1, 2), blocks=1, attn=(4,),
-                   save_every=750, t_mid=1.2, sd=0.75),
+    # ours, for two CPU cores: small networks, short average, no dropout
+    "small": dict(cost="about half an hour on two CPU cores", iters=2_000, lr=1e-3, dropout=0.0,
+                  batch=64, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),
+    "digits": dict(cost="about 8 minutes on two CPU cores", iters=3_000, lr=1e-3, dropout=0.0,
+                   batch=128, warmup=50, ema=0.99, ch=32,
+                   mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=1.2, sd=0.75),
     "cifar10": dict(flip=True),
     # the data's own standard deviation; the second sampling level follows it
     "mnist": dict(sd=0.55, t_mid=0.9),
@@ -143,7 +138,7 @@ def loss_fn(net, x0, y, it, args, reseed):
 
     d = ((f_t - f_r) ** 2).flatten(1).sum(1)              # squared distance per image [B]
     c = args.c * math.sqrt(x0[0].numel())
-    d = (d + c**2).sqrt() - c                             # of the norm, not of each pixel
+    d = (d + c**2).sqrt() - c                             # one root per image, not per pixel
     loss = d / gap.flatten()
     return loss.mean(), dict(t=t, loss=loss.detach(), N=levels(it, args))
 
@@ -151,14 +146,12 @@ def loss_fn(net, x0, y, it, args, reseed):
 # ==== 4. Sampling =================================================================================
 @torch.no_grad()
 def sample(net, noise, y, args):
-    """Denoise, add less noise, denoise again (Algorithm 1): a step for each slice of noise
-    [K, B, C, H, W]."""
+    """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
     hi, lo, K = math.log10(args.t_max), math.log10(args.t_mid), len(noise)
     ts = torch.logspace(hi, lo, K, dtype=noise.dtype, device=noise.device)
     x = torch.zeros_like(noise[0])
     for t, z in zip(ts, noise):                           # K = 1: t_max;  K = 2: t_max, t_mid
-        x = x + (t**2 - args.t_min**2).sqrt() * z         # f leaves noise of level t_min in x
-        x = net(x, t.expand(len(z), 1, 1, 1), y)
+        x = net(x + (t**2 - args.t_min**2).sqrt() * z, t.expand(len(z), 1, 1, 1), y)  # Alg. 1
     return x.clamp(-1, 1)
 
 

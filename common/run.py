@@ -21,7 +21,8 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
               "device", "data_dir", "out", "resume"}            # on resume; the rest defines the run
 AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
-                warmup=0, max_skips=0, dropout=0, ema=0, size=0, c=0, k=0, boundaries=1, guidance=0, s0=2)
+                warmup=0, max_skips=0, dropout=0, ema=0, size=0, c=0, k=0, boundaries=1, guidance=0, s0=2,
+                mu=0)
 FD_IMAGES = 2048                                                # at most, for fd_pixels
 EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
@@ -176,8 +177,8 @@ class Run:
         for name in ("lr", "sd", "t_min", "rho", "mu0"):
             if not 0 < getattr(args, name, 1) < math.inf:
                 raise BadInput(f"--{name} must be positive")
-        if max(args.dropout, args.ema) >= 1:
-            raise BadInput("--dropout and --ema must be below 1")
+        if max(args.dropout, args.ema, getattr(args, "mu", 0)) >= 1:
+            raise BadInput("--dropout, --ema and --mu must be below 1")
         if args.batch % parts:
             raise BadInput(f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}")
         if args.ch % 4:
@@ -433,7 +434,8 @@ class Run:
                 cols = data.classes if self.args.cond else 0
                 name = f"{it:07d}_{'teacher' if net == 'teacher' else f'{k}step'}.png"
                 picture(fake[:self.args.grid], cols).save(self.dir / "samples" / name)
-                t_mid = getattr(self.args, "t_mid", None) if k > 1 and net != "teacher" else None
+                renoised = k > 1 and net != "teacher" and getattr(self.args, "boundaries", 1) == 1
+                t_mid = getattr(self.args, "t_mid", None) if renoised else None
                 self.append("eval.jsonl", dict(
                     it=it, metric="fd_pixels", value=round(fd_pixels(real, fake[:n]), 4), n=n, net=net, steps=k,
                     t_mid=t_mid, mode="8x8", seed=0, sec=round(time.time() - began, 2)))

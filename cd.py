@@ -94,7 +94,8 @@ class Args:
 
 PRESETS = {
     "paper": dict(cost="800,000 steps of 512 images; the authors used eight A100"),
-    # ours, for two CPU cores: small networks, short averages
+    # ours, for two CPU cores: small networks, short averages, warm-up as the first five steps of
+    # RAdam are not normalised, and would wreck what the teacher knows
     "small": dict(cost="half an hour on two CPU cores, teacher included", iters=500, lr=5e-4,
                   batch=64, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),
     "digits": dict(cost="8 minutes on two CPU cores, teacher included", iters=1_000, lr=5e-4,

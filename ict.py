@@ -86,7 +86,7 @@ class Args:
 
 
 PRESETS = {
-    "paper": dict(cost="400,000 steps of 1,024 images; the authors used many A100"),
+    "paper": dict(cost="400,000 steps of 1,024 images: days on several GPUs"),
     # ours, for two CPU cores: small networks, short averages, no dropout: they underfit
     "small": dict(cost="about half an hour on two CPU cores", iters=2_000, lr=1e-3, dropout=0.0,
                   batch=64, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),

@@ -112,6 +112,7 @@ def test_the_teacher_solves_and_the_student_does_not(monkeypatch):
     asked = []
 
     def guide(x, t, y):
+        assert not torch.is_grad_enabled()                # a graph of the teacher is memory for nothing
         asked.append((t, y))
         return w * x
     w, args = torch.tensor(0.5, requires_grad=True), settled(guidance=1.5, cond=True)

@@ -149,8 +149,8 @@ def test_the_target_network_drops_the_same_units(train, monkeypatch):
 
 def test_the_target_follows_with_the_decay_of_its_own_step(train):
     """After step `it` with mu(it), from the new weights: the increment before, or the old weights, are another method."""
-    _, run = train("ct", "--iters", "4", "--keep", "--save-every", "1", "--lr", "1e-2")
-    args = ct.Args(iters=4, s1=40, mu0=ct.PRESETS["digits"]["mu0"])
+    _, run = train("ct", "--iters", "4", "--keep", "--save-every", "1", "--lr", "1e-2", "--s1", "40", "--mu0", "0.5")
+    args = ct.Args(iters=4, s1=40, mu0=0.5)
     for it in (1, 2, 3):
         name = f"ckpt-{it + 1:07d}.pt"
         before, net, after = weights(run, "target", f"ckpt-{it:07d}.pt"), weights(run, "net", name), weights(run, "target", name)
@@ -165,7 +165,8 @@ def test_the_target_follows_with_the_decay_of_its_own_step(train):
 @pytest.mark.parametrize("script, expect", [("ct", [2, 21, 30, 36]), ("ict", [11, 11, 21, 21])])
 def test_the_first_step_is_step_zero(train, script, expect):
     """N read after the increment would skip N(0)."""
-    _, run = train(script, "--iters", "4" if script == "ct" else "16", "--log-every", "1", "--save-every", "4")
+    flags = ["--iters", "4", "--s1", "40"] if script == "ct" else ["--iters", "16"]
+    _, run = train(script, *flags, "--log-every", "1", "--save-every", "4")
     assert [line["N"] for line in lines(run / "log.jsonl")][:4] == expect
 
 

@@ -55,11 +55,9 @@ def run(module, net, x0, eps, t, r, monkeypatch, teacher=denoise, **flags):
     """loss_fn of a file with given images, noise and levels; the target is the network itself."""
     args = module.Args(**flags)
     if module is cd:
-        args.N = args.N or 18
-        ts = cd.karras(args.N, args)
-        width = (args.N - 1) // args.boundaries
-        i = (ts[None] - r.flatten()[:, None]).abs().argmin(1)
-        levels, models = (t, r, wide(ts[i // width * width])), (net, net, teacher)
+        edges = cd.karras(args.boundaries + 1, args)
+        s = edges[(edges <= r.flatten()[:, None] * (1 + 1e-9)).sum(1) - 1]     # the edge below r, or r itself
+        levels, models = (t, r, wide(s)), (net, net, teacher)
     else:
         levels, models = ((t, r), (net, net)) if module is ct else ((t, r, t - r), (net,))
     with monkeypatch.context() as m:
@@ -89,11 +87,8 @@ def test_the_residual_of_the_exact_function_has_the_order_of_the_solver(solver, 
     x0, eps = data(400), torch.randn(400, 1, 1, 1, dtype=torch.float64)
     rms = []
     for part in (16, 32, 64):
-        args = dict(solver=solver, N=18)
-        monkeypatch.setattr(cd, "times", lambda *a: (wide([t]).expand(400, 1, 1, 1),
-                                                     wide([t - t / part]).expand(400, 1, 1, 1), wide([T_MIN])))
-        monkeypatch.setattr(torch, "randn_like", lambda x: eps)
-        _, stats = cd.loss_fn(exact, exact, denoise, x0, None, 0, cd.Args(**args), lambda: None)
+        level = lambda v: torch.full((400, 1, 1, 1), v, dtype=torch.float64)
+        _, stats = run(cd, exact, x0, eps, level(t), level(t - t / part), monkeypatch, solver=solver)
         rms.append(stats["loss"].mean().sqrt())
     orders = [float((a / b).log2()) for a, b in zip(rms, rms[1:])]
     assert all(abs(o - order) < 0.15 for o in orders), orders
@@ -167,7 +162,7 @@ def test_training_reaches_the_known_spread(module, solver, K, N, monkeypatch):
         flags = dict(solver=solver, N=N, boundaries=K) if module is cd else SQUARED if module is ict else {}
         D = lambda x, t, y: s**2 / (s**2 + t**2) * x
         # ict's gradient carries 1 / 2c and the weight 1 / (t - r)
-        rate = (N - 1) / 2 * (ts.diff() * 2 * SQUARED["c"] * 0.00054**0 if module is ict else torch.ones(N - 1).double())
+        rate = (N - 1) / 2 * (2 * SQUARED["c"] * ts.diff() if module is ict else torch.ones(N - 1).double())
         for _ in range(N - 1):                            # each pass settles one more level
             loss, _ = run(module, net, x0, eps, t, r, monkeypatch, teacher=D, **flags)
             grad, = torch.autograd.grad(loss, net.b)

@@ -91,7 +91,7 @@ PRESETS = {
     "small": dict(cost="about half an hour on two CPU cores", iters=2_000, lr=1e-3, dropout=0.0,
                   batch=64, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),
     "digits": dict(cost="about 8 minutes on two CPU cores", iters=2_500, lr=1e-3, dropout=0.0,
-                   batch=128, warmup=50, ema=0.99, ch=32,
+                   batch=128, warmup=50, ema=0.995, ch=32,
                    mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=1.2, sd=0.75),
     "cifar10": dict(flip=True),
     # the data's own standard deviation; the second sampling level follows it

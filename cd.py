@@ -100,7 +100,7 @@ PRESETS = {
                   batch=64, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),
     "digits": dict(cost="10 minutes on two CPU cores, teacher included", iters=1_500, lr=2e-4,
                    batch=128, warmup=50, ema=0.995, ch=32,
-                   mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=1.2, sd=0.75),
+                   mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=0.15, sd=0.75),
     "cifar10": dict(flip=True),
     # the data's own standard deviation; the second sampling level follows it
     "mnist": dict(sd=0.55, t_mid=0.9),

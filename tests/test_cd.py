@@ -45,7 +45,7 @@ def test_bad_input_is_one_line_before_anything_is_trained_or_written(flags, word
     monkeypatch.setitem(sys.modules, "lpips", None)       # not installed
     monkeypatch.setattr(teacher, "train", lambda *a: pytest.fail("trained a teacher first"))
     with pytest.raises(BadInput) as e:
-        cd.main(parse(cd.Args, cd.PRESETS, ["--device", "cpu", "--out", str(tmp_path / "runs"), *flags.split()]))
+        cd.main(parse(cd.Args, cd.PRESETS, ["--device", "cpu", "--iters", "1", "--out", str(tmp_path / "runs"), *flags.split()]))
     err = capsys.readouterr().err
     assert e.value.code == 2 and words in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
 

@@ -189,7 +189,7 @@ def test_resume_equals_an_uninterrupted_run_and_keeps_its_length(train, script, 
 @pytest.mark.parametrize("flags", ["--s0 1", "--s0 200", "--mu0 0", "--t-mid 0.001", "--rho nan", "--t-min 0"])
 def test_bad_flags_are_refused(flags, tmp_path, capsys):
     with pytest.raises(BadInput) as e:
-        ct.main(parse(ct.Args, ct.PRESETS, ["--device", "cpu", "--out", str(tmp_path / "runs"), *flags.split()]))
+        ct.main(parse(ct.Args, ct.PRESETS, ["--device", "cpu", "--iters", "1", "--out", str(tmp_path / "runs"), *flags.split()]))
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith("error: --") and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()

@@ -186,6 +186,8 @@ MATCH = ("cond", "net", "ch", "mult", "blocks", "attn", "sd")  # what a teacher 
 def get(args, data, run, needed=False):
     """The diffusion model that --teacher names, trained first if need be; None with `--teacher none`, and when a run
     is resumed, unless it is `needed` for more than the start. `args` then name it and its architecture. BadInput."""
+    if args.teacher == "none" and needed:
+        raise BadInput("--teacher none: there is nothing to distil; name a teacher, or leave the flag out")
     if args.teacher == "none" or args.resume and not needed:
         return None
     path = args.teacher
@@ -217,7 +219,7 @@ def get(args, data, run, needed=False):
 
 def show(teacher, run, data):
     """The teacher's figures and grid beside the run's own: those of its folder, or measured now."""
-    if teacher is None or run.start_it or teacher.folder and run.adopt(teacher.folder):
+    if teacher is None or run.args.resume or teacher.folder and run.adopt(teacher.folder):     # resumed: they are there
         return
     draw = lambda noise, y: sample(teacher, noise, y, Args())
     run.evaluate(0, data, draw, net="teacher", steps=Args.steps)

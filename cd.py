@@ -18,12 +18,10 @@ One training step                                                               
 Deviations from the paper
     The distance is the squared L2 norm, one of the paper's three; its best figures are with LPIPS.
     The norm is a sum over pixels, the paper's a mean: RAdam divides the factor out.
-    DDPM++ of EDM instead of NCSN++: see --net.
     The decay of the averaged weights ramps up in the first steps; in the paper it is constant.
     Non-finite gradients stop the run. GPUs multiply in TF32. Presets digits and small are ours.
-    Not in the paper: --distance huber (it is from ict.py); --guidance, for teachers trained with
-    dropped labels (ours, not EDM's); --boundaries, which follows multistep consistency models
-    (arXiv:2403.06807).
+    Not in the paper: --distance huber (see ict.py); --guidance, for teachers trained with dropped
+    labels (ours, not EDM's); --boundaries, from multistep consistency models (arXiv:2403.06807).
 
 Read next: ct.py.  See only what changes: diff cd.py ct.py
 """
@@ -54,7 +52,7 @@ class Args:
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
     size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
-    net: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"  # network family
+    net: Literal["ddpmpp", "ncsnpp", "adm"] = "ncsnpp"  # network family
     ch: int = 128                     # base width of the network
     mult: tuple = (2, 2, 2)           # width of each resolution, times ch
     blocks: int = 4                   # residual blocks per resolution
@@ -98,10 +96,11 @@ PRESETS = {
     "paper": dict(cost="800,000 steps of 512 images; the authors used eight A100"),
     # ours, for two CPU cores: small networks, short averages, warm-up as the first five steps of
     # RAdam are not normalised, and would wreck what the teacher knows
-    "small": dict(cost="half an hour on two CPU cores, teacher included", iters=500, lr=3e-4,
-                  batch=64, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),
+    "small": dict(cost="half an hour on two CPU cores, teacher included", net="ddpmpp", iters=500,
+                  batch=64, lr=3e-4, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1,
+                  save_every=500),
     "digits": dict(cost="10 minutes on two CPU cores, teacher included", iters=1_500, lr=2e-4,
-                   batch=128, warmup=50, ema=0.995, ch=32,
+                   batch=128, warmup=50, ema=0.995, ch=32, net="ddpmpp",
                    mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=0.15, sd=0.75),
     "cifar10": dict(flip=True),
     # the data's own standard deviation; the second sampling level follows it

@@ -20,11 +20,9 @@ One training step                                                               
 Deviations from the paper
     The distance is the squared L2 norm, one of the paper's three; its best figures are with LPIPS.
     The norm is a sum over pixels, the paper's a mean: RAdam divides the factor out.
-    DDPM++ of EDM instead of NCSN++: see --net.
     The decay of the averaged weights ramps up in the first steps; in the paper it is constant.
     Non-finite gradients stop the run. GPUs multiply in TF32. Presets digits and small are ours.
-    mu is the paper's mu0^(s0 / N); the authors' code computes mu0^(s0 / (N - 1)).
-    t_mid is ours: the paper names none for CIFAR-10.
+    mu = mu0^(s0 / N) as in the paper; its code has N - 1. t_mid is ours: the paper names none.
 
 Read next: ict.py.  See only what changes: diff ct.py ict.py
 """
@@ -55,7 +53,7 @@ class Args:
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
     size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
-    net: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"  # network family
+    net: Literal["ddpmpp", "ncsnpp", "adm"] = "ncsnpp"  # network family
     ch: int = 128                     # base width of the network
     mult: tuple = (2, 2, 2)           # width of each resolution, times ch
     blocks: int = 4                   # residual blocks per resolution
@@ -96,10 +94,11 @@ PRESETS = {
     "paper": dict(cost="800,000 steps of 512 images; the authors used eight A100"),
     # ours, for two CPU cores: small networks, short averages, warm-up as the first five steps of
     # RAdam are not normalised; few levels and a fast target, or time would not suffice
-    "small": dict(cost="about half an hour on two CPU cores", iters=2_000, lr=1e-3, s1=60, mu0=0.05,
-                  batch=64, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),
+    "small": dict(cost="30 minutes on two CPU cores", net="ddpmpp", iters=2_000, batch=64, lr=1e-3,
+                  warmup=50, ema=0.99, s1=60, mu0=0.05, ch=32, mult=(1, 1, 2), blocks=1,
+                  save_every=500),
     "digits": dict(cost="about 8 minutes on two CPU cores", iters=2_500, lr=1e-3, s1=60, mu0=0.05,
-                   batch=128, warmup=50, ema=0.995, ch=32,
+                   batch=128, warmup=50, ema=0.995, ch=32, net="ddpmpp",
                    mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=1.2, sd=0.75),
     "cifar10": dict(flip=True),
     # the data's own standard deviation; the second sampling level follows it

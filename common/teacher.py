@@ -40,7 +40,7 @@ class Args:
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
     size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
-    net: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"  # network family
+    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # dit: width --ch, depth --blocks
     ch: int = 128                     # base width of the network
     mult: tuple = (2, 2, 2)           # width of each resolution, times ch
     blocks: int = 4                   # residual blocks per resolution

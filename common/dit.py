@@ -37,7 +37,7 @@ def zero(layer):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2)) over the last axis; in bfloat16 the mean of squares would keep three digits."""
+    """gain * x / sqrt(mean(x^2)) over the last axis; in bfloat16 the gain would keep three digits."""
     def __init__(self, width, eps=1e-6):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps

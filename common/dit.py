@@ -86,7 +86,8 @@ class DiT(nn.Module):
             raise ValueError(f"images of {size} x {size} do not split into patches of {patch} x {patch}; "
                              "take an even --size")
         if ch < 8 or ch % 4 or ch % heads:
-            raise ValueError(f"a width of {ch} does not split into {heads} heads; take a --ch divisible by 64")
+            raise ValueError(f"a width of {ch} is too small or does not split into {heads} heads; "
+                             "take a --ch divisible by 64")
         self.ch, self.classes, self.patch = ch, classes, patch
         self.map_layer0, self.map_layer1 = Linear(ch, ch), Linear(ch, ch)
         if classes:                               # the last row, which -1 finds, is "no label"

@@ -150,6 +150,8 @@ class UNet(nn.Module):
         super().__init__()
         self.kwargs = dict(size=size, channels=channels, ch=ch, mult=tuple(mult), blocks=blocks, attn=tuple(attn),
                            classes=classes, dropout=dropout, net=net, fourier=fourier)
+        if size % 2 ** (len(mult) - 1):
+            raise ValueError(f"images of {size} x {size} cannot be halved {len(mult) - 1} times; shorten --mult")
         self.net, self.ch, self.classes, c_emb = net, ch, classes, 4 * ch
         ncsnpp, adm = net == "ncsnpp", net == "adm"
         taps, c_noise = ((1, 3, 3, 1), 2 * ch) if ncsnpp else ((1, 1), ch)

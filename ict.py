@@ -47,11 +47,11 @@ class Args:
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
     size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
-    net: Literal["ddpmpp", "ncsnpp", "adm"] = "ncsnpp"  # network family
+    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ncsnpp"  # network family
     ch: int = 128                     # base width of the network
-    mult: tuple = (2, 2, 2)           # width of each resolution, times ch
-    blocks: int = 4                   # residual blocks per resolution
-    attn: tuple = (16,)               # image sizes at which there is attention
+    mult: tuple = (2, 2, 2)           # width of each resolution, times ch; not for dit
+    blocks: int = 4                   # residual blocks per resolution; of dit: all
+    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
     teacher: str = "none"             # auto | train | none | run folder | .pt | .pkl | address
     teacher_iters: int = 0            # steps of a teacher trained here; 0: its own preset
     iters: int = 400_000              # optimiser steps
@@ -89,8 +89,8 @@ class Args:
 PRESETS = {
     "paper": dict(cost="400,000 steps of 1,024 images: days on several GPUs"),
     # ours, for two CPU cores: small networks, short averages, no dropout: they underfit
-    "small": dict(cost="30 minutes on two CPU cores", net="ddpmpp", iters=2_000, batch=64, lr=1e-3,
-                  warmup=50, ema=0.99, dropout=0.0, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),
+    "small": dict(cost="30 min on two CPU cores", net="ddpmpp", iters=2_000, batch=64, warmup=50,
+                  lr=1e-3, ema=0.99, dropout=0.0, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),
     "digits": dict(cost="about 8 minutes on two CPU cores", iters=2_500, lr=1e-3, dropout=0.0,
                    batch=128, warmup=50, ema=0.995, ch=32, net="ddpmpp",
                    mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=1.2, sd=0.75),

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -21,7 +21,7 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
               "fid", "fid_every", "device", "data_dir", "out", "resume"}      # on resume; the rest defines the run
 AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
-                warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0)
+                warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0, H=0, P_std=0)
 FD_IMAGES = 2048                                                # at most, for fd_pixels
 EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
@@ -91,7 +91,7 @@ def parse(cls, presets, argv=None):
             raise BadInput(f"there is no --preset {preset} here; take one of {', '.join(presets)}")
         data = presets.get(dataset if dataset in DATASETS else "folder", {})
         chosen, why = presets[preset] | data | dict(preset=preset), preset
-    chosen = dict(chosen)
+    chosen = dict(chosen) | presets.get(given.get("mode"), {})
     cost = chosen.pop("cost", None)
     if cost:
         say(f"preset {why}: {cost}")
@@ -172,7 +172,7 @@ class Run:
         for name, low in AT_LEAST.items():
             if not getattr(args, name, low) >= low:             # NaN is refused, too
                 raise BadInput(f"--{name.replace('_', '-')} must be at least {low}")
-        for name in ("lr", "sd"):
+        for name in ("lr", "sd", "sigma_max"):
             if not 0 < getattr(args, name, 1) < math.inf:
                 raise BadInput(f"--{name} must be positive")
         if max(args.dropout, args.ema) >= 1:
@@ -185,8 +185,12 @@ class Run:
             raise BadInput("--mult takes one number, at least 1, for each resolution: such as 1,2,2")
         if args.shard and self.world == 1:
             raise BadInput("--shard needs several ranks; start with torchrun")
-        if not 0 < t_mid < getattr(args, "t_max", math.inf):
-            raise BadInput("--t-mid must lie between 0 and --t-max")
+        if not 0 < t_mid < getattr(args, "t_max", math.pi / 2):
+            raise BadInput("--t-mid must lie between 0 and --t-max, or pi/2 where there is none")
+        if hasattr(args, "jvp") and args.compile and args.dropout:
+            raise BadInput("--compile: compiled and differentiated networks drop different units; add --dropout 0")
+        if getattr(args, "jvp", "exact") == "fd" and args.bf16:
+            raise BadInput("--jvp fd: a difference drowns in bfloat16's rounding; leave --bf16 out")
         if args.fid:
             fid.inception(args.data_dir, self.device)           # now, and not after a day of training
 
@@ -214,6 +218,8 @@ class Run:
             for block in [m for m in net.modules() if type(m).__name__.endswith("Block")]:
                 fully_shard(block, mesh=mesh)
             fully_shard(net, mesh=mesh, reshard_after_forward=True)      # ema has no backward that would
+            for name in {"F", "weigh"} & set(dir(net)):         # called beside forward, they need whole weights, too
+                register_fsdp_forward_method(net, name)
         return net
 
     def start(self, state, data):
@@ -244,7 +250,7 @@ class Run:
         return it
 
     def new_folder(self, dataset):
-        stem = f"{Path(self.file).stem}-{dataset}"
+        stem = "-".join(filter(None, [Path(self.file).stem, getattr(self.args, "mode", ""), dataset]))
         taken = [int(p.name[len(stem) + 1:]) for p in numbered(self.args.out, stem)]
         folder = Path(self.args.out) / f"{stem}-{max(taken, default=-1) + 1:03d}"
         if self.rank == 0:

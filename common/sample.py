@@ -43,7 +43,7 @@ def main(argv=None):
     args = method.Args(**{k: v for k, v in config.items() if k in method.Args.__dataclass_fields__})
     args.steps = args.steps if a.steps is None else a.steps
     if a.t_mid is not None:
-        if not hasattr(args, "t_mid") or not 0 < a.t_mid < getattr(args, "t_max", math.inf):
+        if not hasattr(args, "t_mid") or not 0 < a.t_mid < getattr(args, "t_max", math.pi / 2):
             raise BadInput("--t-mid must lie between 0 and the run's --t-max; diffusion models have none")
         args.t_mid = a.t_mid
     if args.steps < 1 or a.n < 1 or a.batch < 1:

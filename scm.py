@@ -130,7 +130,8 @@ def loss_fn(net, teacher, x0, y, it, args, reseed):
     cos, sin = t.cos(), t.sin()
     z = args.sd * torch.randn_like(x0)                    # data and noise have the same spread
     x_t = cos * x0 + sin * z
-    dx = args.sd * teacher.F(x_t, t, y) if args.mode == "scd" else cos * z - sin * x0
+    with torch.no_grad():                                 # the teacher is a constant
+        dx = args.sd * teacher.F(x_t, t, y) if args.mode == "scd" else cos * z - sin * x0
 
     def F(x, t):
         reseed()                                          # same dropout mask in all calls

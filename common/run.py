@@ -174,7 +174,7 @@ class Run:
                 raise BadInput(f"--{name.replace('_', '-')} must be at least {low}")
         for name in ("lr", "sd", "sigma_max"):
             if not 0 < getattr(args, name, 1) < math.inf:
-                raise BadInput(f"--{name} must be positive")
+                raise BadInput(f"--{name.replace('_', '-')} must be positive")
         if max(args.dropout, args.ema) >= 1:
             raise BadInput("--dropout and --ema must be below 1")
         if args.batch % parts:

@@ -1,5 +1,6 @@
 """sCM's tangent, loss and sampler against exact Gaussian solutions and against difference quotients of f."""
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -107,8 +108,8 @@ def test_no_tangent_at_the_exact_consistency_function(monkeypatch):
     dx = SD * exact.F(x, T)
     for teacher in (None, exact):                         # the same path, as data or by the teacher
         assert tangent(monkeypatch, Exact(), x, dx, T, 1.0, teacher).abs().max() < 1e-8
-        for r in (0.0, 0.5, 0.999):
-            assert tangent(monkeypatch, Exact(), x, dx, T, r, teacher)[2:6].flatten(1).norm(dim=1).min() > 2e-4
+        for r in (0.0, 0.5, 0.99):
+            assert tangent(monkeypatch, Exact(), x, dx, T, r, teacher)[2:6].flatten(1).norm(dim=1).min() > 0.01 * (1 - r)
     assert tangent(monkeypatch, Mlp(), x, dx, T)[2:6].flatten(1).norm(dim=1).min() > 1e-2
 
 
@@ -136,8 +137,6 @@ def test_sct_and_scd_differ_in_the_velocity_alone(monkeypatch):
     (x, dx), net, teacher = points(), Mlp(0), Mlp(1)
     a = tangent(monkeypatch, net, x, dx, T)
     b = tangent(monkeypatch, net, x, dx, T, teacher=teacher)
-    with torch.no_grad():
-        c = tangent(monkeypatch, net, x, SD * teacher.F(x, T), T) if False else None
     c = tangent(monkeypatch, net, x, SD * teacher.F(x, T).detach(), T)
     assert torch.allclose(b, c, atol=1e-8) and (a - b).abs().max() > 0.1
     assert all(p.grad is None for p in teacher.parameters())
@@ -161,10 +160,9 @@ def test_the_tangent_is_the_limit_of_the_discrete_one(monkeypatch):
         errors = [float((discrete(h, r) - g).norm()) for h in (4e-3, 2e-3, 1e-3)]
         assert errors[2] < 0.01 * float(g.norm())
         assert all(1.9 < a / b < 2.1 for a, b in zip(errors, errors[1:]))
-    for h in (1e-3,):                                     # and r = 1 is the quotient of f itself
-        x_s = math.cos(h) * x - math.sin(h) * SD * teacher.F(x, t)
-        quotient = t.cos() * (net(x, t) - net(x_s, t - h)) / h
-        assert (quotient - g).norm() < 0.02 * g.norm()
+    h = 1e-3
+    x_s = math.cos(h) * x - math.sin(h) * SD * teacher.F(x, t)              # and r = 1 is the quotient of f itself
+    assert (t.cos() * (net(x, t) - net(x_s, t - h)) / h - g).norm() < 0.02 * g.norm()
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -285,10 +283,10 @@ def fit(mode, iters, seed=0):
         return float((net(x, t) - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("mode, bound", [("scd", 0.15), ("sct", 0.25)])
+@pytest.mark.parametrize("mode, bound", [("scd", 0.08), ("sct", 0.13)])
 def test_training_finds_the_exact_map(mode, bound):
-    """Noise to data in one step, from the loss alone. At the start the error is about 1."""
-    assert fit(mode, 400) < bound
+    """Noise to data in one step, from the loss alone. Untrained, the error is about 1; this long, 5 and 9 %."""
+    assert fit(mode, 300) < bound
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -367,7 +365,7 @@ def test_a_student_of_an_edm_model_starts_as_that_model(mode, quick, edm, monkey
     net, teacher = teachers.load(run), teachers.load(path)
     assert (net.spec["flow"], net.raw, teacher.spec["flow"]) == ("trig", "edm", "edm")
     x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1, 20]).view(-1, 1, 1, 1)
-    assert torch.allclose(net.denoise(x, sigma), teacher(x, sigma), atol=1e-5) and not net.head.weight.any()
+    assert torch.allclose(net.denoise(x, sigma), teacher(x, sigma), atol=1e-5) and net.head.weight.abs().max() < 1e-15
     loaded = []
     monkeypatch.setattr(teachers, "load", lambda *a, f=teachers.load: loaded.append(a[0]) or f(*a))
     quick("--resume", str(run), "--iters", "3")
@@ -379,8 +377,7 @@ def test_a_student_of_a_trigflow_model_takes_its_embedding_and_norm(quick, edm):
     _, run = quick("--teacher", path, "--flow", "edm")
     net = teachers.load(run)
     assert config(run)["flow"] == "trig" and net.raw == "trig" and net.model.kwargs["norm"] == "double"
-    before, after = (weights(run, "net", n) for n in ("ckpt.prev.pt", "ckpt.pt")) if (run / "ckpt.prev.pt").exists() \
-        else (teachers.load(path).state_dict(), weights(run, "net"))
+    before, after = teachers.load(path).state_dict(), weights(run)
     changed = {k for k in after if not torch.equal(before[k], after[k])}
     assert "head.weight" in changed and "model.map_layer0.weight" in changed    # the weight head learns, too
 
@@ -398,7 +395,7 @@ def test_teacher_found_must_have_the_flow(tmp_path, train, monkeypatch, capsys):
     _, run = train("ect", "--teacher", "auto", "--iters", "1")
     assert config(run)["teacher"] == str(edm)
     _, run = train("scm", "--teacher", "train", "--teacher-iters", "1", "--iters", "1", "--mode", "scd")
-    assert config(config(run)["teacher"])["flow"] == "trig"
+    assert config(Path(config(run)["teacher"]))["flow"] == "trig"
 
 
 @pytest.mark.parametrize("flags, words", [

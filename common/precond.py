@@ -63,7 +63,7 @@ class TrigFlow(nn.Module):
 
     def weigh(self, t):
         a = t.flatten()[:, None] * torch.arange(16, device=t.device, dtype=t.dtype)    # waves of t; the first is 1
-        return self.head(torch.cat([a.cos(), a.sin()], 1)).flatten()
+        return self.head(torch.cat([a.cos(), a.sin()], 1)).sum(1)       # [B]; flatten is a view, which FSDP2 minds
 
     def forward(self, x, t, y=None):
         wide = torch.promote_types(self.dtype, torch.float32)

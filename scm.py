@@ -88,6 +88,7 @@ class Args:
     norm: Literal["l2", "rms"] = "l2"  # |g| of the image, or per pixel
     c: float = 0.1                    # g / (|g| + c)
     H: int = 10_000                   # steps in which r goes from 0 to 1
+    decay: int = 0                    # from this step on lr falls like 1/sqrt(step); 0: never
     P_mean: float = -1.0              # mean of ln(sigma), sigma = sd * tan(t)
     P_std: float = 1.4                # standard deviation of ln(sigma)
     t_mid: float = 1.1                # time of the second sampling step; sigma 0.98 for sd 0.5
@@ -187,7 +188,7 @@ def main(args):
 
     it = run.start(state, data)                           # a new folder, or where it stopped
     teachers.show(teacher, run, data)                     # *
-    teacher = teacher and trig(teacher)                   # its F, whatever its own flow  # *
+    teacher = trig(teacher) if args.mode == "scd" else None  # its F, whatever its own flow  # *
     while it < args.iters:
         for part in range(args.accum):
             run.seed(it, part)
@@ -197,6 +198,7 @@ def main(args):
             (loss / args.accum).backward()
             run.count(stats)                              # sums stay on the device
         lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))  # *
+        lr /= max(1, it / args.decay) ** 0.5 if args.decay else 1  # *
         for group in opt.param_groups:
             group["lr"] = lr
         if run.sync(opt, it):                             # mean over ranks; False: not finite, skip

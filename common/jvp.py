@@ -5,6 +5,8 @@ from copy import deepcopy
 import torch
 from torch.autograd import forward_ad
 
+precise = False                                           # while a derivative is taken: float32, whatever --bf16 says
+
 
 def dual(*tensors):
     """True if one of them carries a tangent. What is compiled never does: see `exactly`."""
@@ -13,9 +15,10 @@ def dual(*tensors):
 
 @contextmanager
 def exactly():
-    """Without TF32, whose rounding errors a derivative magnifies, and without compiled code, which knows no tangents;
-    jvp of a compiled module would also leave it uncompiled for good."""
-    matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    """Without TF32 and bfloat16, whose rounding errors a derivative magnifies, and without compiled code, which knows no
+    tangents; a compiled module would also stay uncompiled ever after."""
+    global precise
+    precise, matmul, conv = True, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -24,13 +27,14 @@ def exactly():
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = conv
+        precise = False
 
 
 @torch.no_grad()
 def jvp(fn, primals, tangents, exact=True):
-    """fn(*primals) and d/ds fn(primals + s * tangents) at s = 0, as torch.func.jvp, but without a graph, which would
-    cost several times the memory, and through FSDP2. exact=False: a central difference, for what has no forward mode; fn is called twice
-    and must draw the same random numbers in both calls."""
+    """fn(*primals) and d/ds fn(primals + s * tangents) at s = 0, as torch.func.jvp, but without a graph, which would cost
+    several times the memory, and through FSDP2. exact=False: a central difference, for what has no forward mode; fn is
+    called twice then and must draw the same random numbers in both calls."""
     tangents = [v.to(x.dtype) for x, v in zip(primals, tangents)]         # else mixed dtypes pass without an error
     with exactly():
         if not exact:
@@ -51,10 +55,11 @@ def probe(F, shape, device, tolerance=0.02):
     net = deepcopy(F.__self__).to(device).eval()
     for p in net.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    F, x, t = getattr(net, F.__name__), torch.randn(2, *shape, device=device), torch.rand(2, 1, 1, 1, device=device) + 0.3
+    F, x = getattr(net, F.__name__), torch.randn(2, *shape, device=device)
+    t = 0.3 + torch.rand(2, 1, 1, 1, device=device)
     for name, v in dict(x=(torch.randn_like(x), 0 * t), t=(0 * x, torch.ones_like(t))).items():
         (_, d), (_, fd) = (jvp(F, (x, t), v, exact) for exact in (True, False))
         error = float((d - fd).norm() / fd.norm())
         if not error < tolerance:
-            raise RuntimeError(f"the derivative of this network in {name} is off by {error:.0%}: an operation inside it "
+            raise RuntimeError(f"the derivative of this network in {name} is off by {error:.0%}: an operation in it "
                                "loses the tangent or has a wrong forward mode; --jvp fd works without")

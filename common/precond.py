@@ -3,7 +3,7 @@ only the raw network sees it flat."""
 import torch
 import torch.nn as nn
 
-from common.jvp import dual
+from common import jvp
 from common.run import BadInput
 from common.unet import Linear, UNet
 
@@ -39,7 +39,7 @@ class EDM(nn.Module):
 class TrigFlow(nn.Module):
     """f(x, t) = cos(t) x - sin(t) sd F(x, t)   (TrigFlow, sCM, arXiv:2410.11081), with f(x, 0) = x for any F.
 
-    x = cos(t) x0 + sin(t) z with z ~ N(0, sd^2), t in [0, pi/2), [B,1,1,1]: arctan(sigma/sd) for EDM's noise level sigma.
+    x = cos(t) x0 + sin(t) z with z ~ N(0, sd^2), t in [0, pi/2), [B,1,1,1]: arctan(sigma/sd) for EDM's sigma.
     sd F is the velocity dx/dt. `raw` says for which flow the raw network was made: "trig", F(x, t) = model(x/sd, t), or
     "edm", F(x, t) = -model(x/sd, ln(sd tan t)/4), exactly the same diffusion model. `weigh` is the adaptive weight
     w_phi(t) of losses e^w d - w, which learns w = -ln E[d]. F computes in `dtype`, everything around it in float32
@@ -58,7 +58,7 @@ class TrigFlow(nn.Module):
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t = x.to(wide), t.to(wide)
         c_noise = t if self.raw == "trig" else (self.sd * t.tan()).log() / 4
-        F = self.model((x / self.sd).to(wide if dual(x, t) else self.dtype), c_noise.flatten(), y).to(wide)
+        F = self.model((x / self.sd).to(wide if jvp.precise else self.dtype), c_noise.flatten(), y).to(wide)
         return F if self.raw == "trig" else -F
 
     def weigh(self, t):

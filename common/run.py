@@ -21,7 +21,7 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
               "fid", "fid_every", "device", "data_dir", "out", "resume"}      # on resume; the rest defines the run
 AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
-                warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0, H=0, P_std=0)
+                warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0, H=0, decay=0, P_std=0)
 FD_IMAGES = 2048                                                # at most, for fd_pixels
 EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
@@ -189,8 +189,6 @@ class Run:
             raise BadInput("--t-mid must lie between 0 and --t-max, or pi/2 where there is none")
         if hasattr(args, "jvp") and args.compile and args.dropout:
             raise BadInput("--compile: compiled and differentiated networks drop different units; add --dropout 0")
-        if getattr(args, "jvp", "exact") == "fd" and args.bf16:
-            raise BadInput("--jvp fd: a difference drowns in bfloat16's rounding; leave --bf16 out")
         if args.fid:
             fid.inception(args.data_dir, self.device)           # now, and not after a day of training
 

@@ -191,8 +191,8 @@ def load(path, device="cpu"):
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-SAME = ("dataset", "data_dir", "out", "device", "seed", "cond", "size", "flow", "net", "ch", "mult", "blocks", "attn", "accum",
-        "bf16", "compile", "shard", "grid", "fid", "sd")    # flags that a method hands to its teacher
+SAME = ("dataset", "data_dir", "out", "device", "seed", "cond", "size", "flow", "net", "ch", "mult", "blocks", "attn",
+        "accum", "bf16", "compile", "shard", "grid", "fid", "sd")   # flags that a method hands to its teacher
 MATCH = ("cond", "flow", "net", "ch", "mult", "blocks", "attn", "sd")  # what a teacher found under --out must share
 
 
@@ -249,7 +249,8 @@ def newest(args, data):
     for folder in reversed(numbered(args.out, f"teacher-{data.name}")):
         if (folder / "ckpt.pt").exists() or (folder / "ckpt.prev.pt").exists():
             old = config_of(folder)
-            if old["about"]["data_sha256"] == data.sha256 and all(old.get(k, "edm") == getattr(args, k, "edm") for k in MATCH):
+            same = all(old.get(k, "edm") == getattr(args, k, "edm") for k in MATCH)    # who has no `flow` means EDM's
+            if old["about"]["data_sha256"] == data.sha256 and same:
                 return str(folder)
 
 

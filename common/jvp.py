@@ -15,8 +15,8 @@ def dual(*tensors):
 
 @contextmanager
 def exactly():
-    """Without TF32 and bfloat16, whose rounding errors a derivative magnifies, and without compiled code, which knows no
-    tangents; a compiled module would also stay uncompiled ever after."""
+    """Without TF32 and bfloat16, whose rounding errors a derivative magnifies, and without compiled code, which knows
+    no tangents; a compiled module would also stay uncompiled ever after."""
     global precise
     precise, matmul, conv = True, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -32,9 +32,9 @@ def exactly():
 
 @torch.no_grad()
 def jvp(fn, primals, tangents, exact=True):
-    """fn(*primals) and d/ds fn(primals + s * tangents) at s = 0, as torch.func.jvp, but without a graph, which would cost
-    several times the memory, and through FSDP2. exact=False: a central difference, for what has no forward mode; fn is
-    called twice then and must draw the same random numbers in both calls."""
+    """fn(*primals) and d/ds fn(primals + s * tangents) at s = 0, as torch.func.jvp, but without a graph, which would
+    cost several times the memory, and through FSDP2. exact=False: a central difference, for what has no forward mode;
+    fn is called twice then and must draw the same random numbers in both calls."""
     tangents = [v.to(x.dtype) for x, v in zip(primals, tangents)]         # else mixed dtypes pass without an error
     with exactly():
         if not exact:

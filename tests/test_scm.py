@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, weights
+from conftest import ROOT, lines, weights
 from test_run import config
 
 import scm
@@ -382,6 +382,17 @@ def test_a_student_of_a_trigflow_model_takes_its_embedding_and_norm(quick, edm):
     before, after = teachers.load(path).state_dict(), weights(run)
     changed = {k for k in after if not torch.equal(before[k], after[k])}
     assert "head.weight" in changed and "model.map_layer0.weight" in changed    # the weight head learns, too
+
+
+def test_optimiser_and_learning_rate(train):
+    """RAdam with the paper's betas; warm-up, then 1/sqrt(step) from --decay on, and constant without."""
+    flags = "--iters", "4", "--lr", "1e-3", "--log-every", "1", "--save-every", "4"
+    for more, expect in ((("--decay", "2"), [1, 1, 1, (2 / 3) ** 0.5]), (("--decay", "0"), [1, 1, 1, 1]),
+                         (("--decay", "2", "--warmup", "2"), [0.5, 1, 1, (2 / 3) ** 0.5])):
+        _, run = train("scm", *flags, *more)
+        assert [r["lr"] for r in lines(run / "log.jsonl")] == pytest.approx([1e-3 * e for e in expect], rel=1e-4)
+    group = torch.load(run / "ckpt.pt")["opt"]["param_groups"][0]
+    assert (tuple(group["betas"]), group["weight_decay"], group["eps"]) == ((0.9, 0.99), 0, 1e-8)
 
 
 def test_teacher_found_must_have_the_flow(tmp_path, train, monkeypatch, capsys):

@@ -179,3 +179,23 @@ def test_probe_finds_one_lost_layer(part):
             layer.register_forward_hook(lambda m, a, out: out.detach())
     with pytest.raises(RuntimeError, match="off by"):
         probe(net.F, (1, 8, 8), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_derivative_has_full_precision(dtype):
+    """As a run sets it up, TF32 on: against float64 on the CPU. TF32 or bfloat16 inside would be off by 1e-3 and more."""
+    net = random_net(norm="double", classes=0)
+    wide, narrow = TrigFlow(net, dtype=torch.float64), TrigFlow(random_net(norm="double", classes=0).float(), dtype=dtype)
+    x, t, v = torch.randn(4, 3, 16, 16).double(), torch.rand(4, 1, 1, 1).double(), torch.randn(4, 3, 16, 16).double()
+    want = jvp(wide.F, (x, t), (v, torch.ones_like(t)))
+    narrow = narrow.to("cuda", memory_format=torch.channels_last)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        got = jvp(narrow.F, *[[a.float().cuda() for a in pair] for pair in ((x, t), (v, torch.ones_like(t)))])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all((a.cpu() - b).norm() < 1e-4 * b.norm() for a, b in zip(got, want))
+    probe(narrow.F, (3, 16, 16), "cuda")

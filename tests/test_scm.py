@@ -431,6 +431,18 @@ def test_a_trigflow_teacher_is_refused_by_a_method_in_edms_variables(train, edm,
     assert "TrigFlow" in err and err.count("\n") == 1
 
 
+def test_the_released_teacher_is_an_edm_model(capsys):
+    """fast starts from it; paper wants a TrigFlow teacher, of which none is released: one line says how to get one."""
+    from common.run import parse
+    ask = lambda *flags: teachers.released(parse(scm.Args, scm.PRESETS, ["--dataset", "cifar10", "--preset", *flags]))
+    assert ask("fast") == ask("paper", "--flow", "edm") and ask("fast").endswith("uncond-vp.pkl")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        ask("paper")
+    err = capsys.readouterr().err
+    assert "flow" in err and "--teacher train" in err and err.count("\n") == 1
+
+
 def test_the_mode_has_a_preset_of_its_own():
     """sCD: dropout 0, whatever the size of the run; what was typed wins."""
     from common.run import parse

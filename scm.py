@@ -98,7 +98,7 @@ class Args:
 
 PRESETS = {
     "paper": dict(cost="400,000 steps of 512 images: days on several GPUs, and the teacher's"),
-    # ours: from EDM's released checkpoint
+    # ours, not measured: from EDM's released checkpoint
     "fast": dict(cost="20,000 steps of 256 images", flow="edm", iters=20_000, batch=256, H=2_000,
                  ema=0.999, save_every=2_000),
     # ours, for two CPU cores. Warm-up: the first five steps of RAdam are not normalised. Small lr
@@ -135,13 +135,13 @@ def loss_fn(net, teacher, x0, y, it, args, reseed):
     with torch.no_grad():                                 # the teacher is a constant
         dx = args.sd * teacher.F(x_t, t, y) if args.mode == "scd" else cos * z - sin * x0
 
-    def F(x, t):
+    def masked(x, t):
         reseed()                                          # same dropout mask in all calls
         return net.F(x, t, y)
     tangents = cos * sin * dx, cos * sin                  # the factor first: dF/dt is not bounded
-    _, dF = jvp(F, (x_t, t), tangents, exact=args.jvp == "exact")  # a pass without gradient
+    _, dF = jvp(masked, (x_t, t), tangents, exact=args.jvp == "exact")  # a pass without gradient
 
-    F, w = F(x_t, t), net.weigh(t)                        # gradient flows here
+    F, w = masked(x_t, t), net.weigh(t)                   # gradient flows here
     r = min(1, it / max(args.H, 1))                       # 0: diffusion training
     g = -(cos**2) * (args.sd * F.detach() - dx) - r * (cos * sin * x_t + args.sd * dF)
     D = g[0].numel() if args.norm == "rms" else 1

@@ -56,7 +56,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(cls, presets, argv=None):
-    """The flags of `argv` as a `cls`: explicit flag > resumed run's config > preset > default of `cls`.
+    """The flags of `argv` as a `cls`: explicit flag > resumed run's config > preset of the --mode, if any > preset >
+    default of `cls`.
 
     A field's default gives the type, its trailing comment the help. Raises BadInput."""
     source = inspect.getsource(cls)

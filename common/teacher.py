@@ -285,7 +285,8 @@ def released(args):
     family = dict(ddpmpp="vp", ncsnpp="ve").get(args.net)
     same = all(getattr(args, k, "edm") == getattr(Args, k) for k in ("flow", "ch", "mult", "blocks", "attn", "sd"))
     if args.dataset != "cifar10" or not family or not same:
-        raise BadInput(f"no released teacher for {args.dataset} with this network and flow; train one first: --teacher train")
+        raise BadInput(f"no released teacher for {args.dataset} with this network and flow; "
+                       "train one first: --teacher train")
     return RELEASED.format("cond" if args.cond else "uncond", family)
 
 

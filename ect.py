@@ -51,11 +51,11 @@ class Args:
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
     size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
-    net: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"  # network family
+    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
     ch: int = 128                     # base width of the network
-    mult: tuple = (2, 2, 2)           # width of each resolution, times ch
-    blocks: int = 4                   # residual blocks per resolution
-    attn: tuple = (16,)               # image sizes at which there is attention
+    mult: tuple = (2, 2, 2)           # width of each resolution, times ch; not for dit
+    blocks: int = 4                   # residual blocks per resolution; of dit: all
+    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
     teacher: str = "auto"             # auto | train | none | run folder | .pt | .pkl | address
     teacher_iters: int = 0            # steps of a teacher trained here; 0: its own preset
     iters: int = 200_000              # optimiser steps

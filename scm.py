@@ -55,11 +55,11 @@ class Args:
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
     size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
-    net: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"  # network family
+    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
     ch: int = 128                     # base width of the network
-    mult: tuple = (2, 2, 2)           # width of each resolution, times ch
-    blocks: int = 4                   # residual blocks per resolution
-    attn: tuple = (16,)               # image sizes at which there is attention
+    mult: tuple = (2, 2, 2)           # width of each resolution, times ch; not for dit
+    blocks: int = 4                   # residual blocks per resolution; of dit: all
+    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
     teacher: str = "auto"             # auto | train | none | run folder | .pt | .pkl | address
     teacher_iters: int = 0            # steps of a teacher trained here; 0: its own preset
     iters: int = 400_000              # optimiser steps
@@ -102,7 +102,8 @@ PRESETS = {
     "fast": dict(cost="20,000 steps of 256 images", flow="edm", iters=20_000, batch=256, H=2_000,
                  ema=0.999, save_every=2_000),
     # ours, for two CPU cores. Warm-up: the first five steps of RAdam are not normalised. Small lr
-    # and decay: sCT's tangent is mostly noise; at 5e-4 it was worse after 200 steps than after 100
+    # and decay: sCT's tangent is mostly noise; at 5e-4 it was worse after 200 steps than after
+    # 100. sCD bears 5e-4, and gains by it
     "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=450, batch=64,
                   lr=1.5e-4, warmup=50, decay=150, H=150, ema=0.99, dropout=0.0, ch=32,
                   mult=(1, 1, 2), blocks=1, save_every=150),

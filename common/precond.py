@@ -4,10 +4,11 @@ import torch
 import torch.nn as nn
 
 from common import jvp
+from common.dit import DiT
 from common.run import BadInput
 from common.unet import Linear, UNet
 
-NETS = dict(ddpmpp=UNet, ncsnpp=UNet, adm=UNet)
+NETS = dict(ddpmpp=UNet, ncsnpp=UNet, adm=UNet, dit=DiT)
 
 
 class EDM(nn.Module):
@@ -116,8 +117,6 @@ def backbone(args, data, teacher=None, **more):
             more |= dict(norm="double", fourier=0.02)
         kwargs = dict(size=size, channels=channels, ch=args.ch, mult=args.mult, blocks=args.blocks, attn=args.attn,
                       classes=data.classes if args.cond else 0, dropout=args.dropout, net=args.net, **more)
-    if size % 2 ** (len(kwargs["mult"]) - 1):
-        raise BadInput(f"images of {size} x {size} cannot be halved {len(kwargs['mult']) - 1} times; shorten --mult")
     if args.cond and not data.classes:
         raise BadInput(f"--cond: {data.name} has no labels")
     try:

@@ -21,7 +21,8 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
               "fid", "fid_every", "device", "data_dir", "out", "resume"}      # on resume; the rest defines the run
 AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
-                warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0, H=0, decay=0, P_std=0)
+                warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0, mu=0, P_std=0, guidance=0,
+                boundaries=1, s0=2, H=0, decay=0)
 FD_IMAGES = 2048                                                # at most, for fd_pixels
 EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
@@ -108,7 +109,8 @@ def resumed(cls, given):
     if old["about"]["script"] != script(inspect.getfile(cls)):
         raise BadInput(f"{given['resume']} was made by {old['about']['script']}; resume it with that")
     old = {f.name: old[f.name] for f in dataclasses.fields(cls) if f.name in old}
-    wrong = [k for k, v in given.items() if k not in MAY_CHANGE and v != old.get(k)]
+    may = MAY_CHANGE - set(getattr(cls, "fixed", ()))
+    wrong = [k for k, v in given.items() if k not in may and v != old.get(k)]
     if wrong:
         flag = wrong[0].replace("_", "-")
         raise BadInput(f"--{flag} defines the run and cannot change on --resume; start a new run instead")
@@ -173,11 +175,11 @@ class Run:
         for name, low in AT_LEAST.items():
             if not getattr(args, name, low) >= low:             # NaN is refused, too
                 raise BadInput(f"--{name.replace('_', '-')} must be at least {low}")
-        for name in ("lr", "sd", "sigma_max"):
+        for name in ("lr", "sd", "t_min", "rho", "mu0", "sigma_max"):
             if not 0 < getattr(args, name, 1) < math.inf:
                 raise BadInput(f"--{name.replace('_', '-')} must be positive")
-        if max(args.dropout, args.ema) >= 1:
-            raise BadInput("--dropout and --ema must be below 1")
+        if max(args.dropout, args.ema, getattr(args, "mu", 0)) >= 1:
+            raise BadInput("--dropout, --ema and --mu must be below 1")
         if args.batch % parts:
             raise BadInput(f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}")
         if args.ch % 4:
@@ -186,8 +188,10 @@ class Run:
             raise BadInput("--mult takes one number, at least 1, for each resolution: such as 1,2,2")
         if args.shard and self.world == 1:
             raise BadInput("--shard needs several ranks; start with torchrun")
-        if not 0 < t_mid < getattr(args, "t_max", math.pi / 2):
-            raise BadInput("--t-mid must lie between 0 and --t-max, or pi/2 where there is none")
+        if not getattr(args, "t_min", 0) < t_mid < getattr(args, "t_max", math.pi / 2):
+            raise BadInput("--t-mid must lie between 0, or --t-min, and --t-max, or pi/2")
+        if getattr(args, "s0", 0) > getattr(args, "s1", math.inf):
+            raise BadInput("--s0 must not exceed --s1")
         if hasattr(args, "jvp") and args.compile and args.dropout:
             raise BadInput("--compile: compiled and differentiated networks drop different units; add --dropout 0")
         if args.fid:
@@ -439,7 +443,8 @@ class Run:
         for k in [steps] if steps else sorted({1, a.steps}):
             began = time.time()
             fake = self.generate(data, max(n, a.grid, many), 1 if net == "teacher" else k, draw)
-            t_mid = getattr(a, "t_mid", None) if k > 1 and net != "teacher" else None
+            renoised = k > 1 and net != "teacher" and getattr(a, "boundaries", 1) == 1
+            t_mid = getattr(a, "t_mid", None) if renoised else None
 
             def note(metric, value, n, mode):
                 self.append("eval.jsonl", dict(it=it, metric=metric, value=round(value, 4), n=n, net=net, steps=k,

@@ -1,7 +1,9 @@
 """python -m common.sample RUN --steps 2 --n 64 --out grid.png
 
 Images from any run: a run folder, or one of its checkpoints. --out ends in .png: one grid; in .npz: arrays
-`images` [N, H, W, C] uint8 and `labels`, which --dataset reads again; otherwise: a folder of PNG files."""
+`images` [N, H, W, C] uint8 and `labels`, which --dataset reads again; otherwise: a folder of PNG files.
+--edit changes images without training; a .png then has three rows: the images, what the network gets to see of them
+(noisy, grey, coarse or with a hole), the result."""
 import importlib.util
 import math
 import sys
@@ -12,9 +14,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import teacher
-from common.fid import quantise
-from common.run import BadInput, Parser, config_of, device_of, integers, noise_of, picture
+from common import edit, fid, teacher
+from common.data import load
+from common.fid import fd_pixels, quantise
+from common.run import FD_IMAGES, BadInput, Parser, config_of, device_of, integers, noise_of, picture
+
+EDITS = ("inpaint", "colorize", "superres", "stroke", "denoise")                 # of images; interpolate has none
+FOR = dict(images=EDITS, mask=("inpaint",), patch=("superres",), sigma=("stroke", "denoise"))
+
+
+def numbers(text):
+    return tuple(float(s) for s in text.replace(",", " ").split())
 
 
 def flags(argv=None):
@@ -22,19 +32,80 @@ def flags(argv=None):
     ap.add_argument("run", help="run folder, or a checkpoint in one")
     ap.add_argument("--steps", type=int, help="sampling steps [those of the run]")
     ap.add_argument("--t-mid", "--t_mid", type=float, help="middle noise level [that of the run]")
-    ap.add_argument("--n", type=int, default=64, help="how many images [%(default)s]")
-    ap.add_argument("--classes", type=integers, help="labels to draw, such as 3,5; repeated up to --n [all]")
+    ap.add_argument("--ts", type=numbers, metavar="T,T,..", help="all noise levels, descending, one step each")
+    ap.add_argument("--find-ts", "--find_ts", action="store_true", help="search the second level of two by FD (pixels)")
+    ap.add_argument("--fid", action="store_true", help="search by FID instead; --n 10000 or more")
+    ap.add_argument("--edit", choices=[*EDITS, "interpolate"], help="images, or blend pairs of noise (interpolate); "
+                    "levels: --ts [39, Karras' grid of 40 but for the last; stroke, denoise: --sigma]")
+    ap.add_argument("--images", help="a picture, a folder or a .npz to edit [the run's data set]")
+    ap.add_argument("--mask", help="inpaint: a picture, white where to generate [a square, half of each side]")
+    ap.add_argument("--patch", type=int, help="superres: pixels a side that become one [2, from 96 on size / 32]")
+    ap.add_argument("--sigma", type=float, help="stroke, denoise: noise level [1, 0.5]; stroke adds one at 0.416 of it")
+    ap.add_argument("--n", type=int, help=f"how many images [64; to edit: 16; to search: {FD_IMAGES}]")
+    ap.add_argument("--classes", type=integers, help="labels, such as 3,5; repeated up to --n [all; the images' own]")
     ap.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone [%(default)s]")
     ap.add_argument("--batch", type=int, default=256, help="images at a time [%(default)s]")
     ap.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto", help="[%(default)s]")
-    ap.add_argument("--out", default="grid.png", help="a .png, a .npz or a folder [%(default)s]")
-    return ap.parse_args(argv)
+    ap.add_argument("--data-dir", "--data_dir", help="where the run's data set is [as in the run]")
+    ap.add_argument("--out", help="a .png, a .npz or a folder [grid.png]")
+    a = ap.parse_args(argv)
+    given = lambda *names: any(getattr(a, k) is not None for k in names)
+    for flag, edits in FOR.items():
+        if given(flag) and a.edit not in edits:
+            raise BadInput(f"--{flag} is for --edit {' | '.join(edits)} alone; leave it out")
+    if a.find_ts and (given("t_mid", "ts", "edit", "out") or a.steps not in (None, 2)):
+        raise BadInput("--find-ts prints the best second level of two; leave out --steps, --t-mid, --ts, --edit, --out")
+    if a.fid and not a.find_ts:
+        raise BadInput("--fid is for --find-ts; of any images: --out some.npz, then python -m common.fid")
+    if a.ts and given("steps", "t_mid", "sigma") or a.edit in EDITS and given("steps", "t_mid"):
+        raise BadInput("--ts gives all levels, to --edit as well; leave out --steps, --t-mid and --sigma beside it")
+    return a
 
 
-def main(argv=None):
-    """Generate and write the images; return them, uint8 [N, C, H, W], and their labels [N] or None."""
-    a = flags(argv)
-    path, out = Path(a.run), Path(a.out)
+def levels(a, args, net):
+    """The noise levels of --ts, --sigma or --edit, descending; None: the method's own. Raises BadInput."""
+    sigma = dict(stroke=1.0, denoise=0.5).get(a.edit) if a.sigma is None else a.sigma
+    ts = a.ts
+    if ts is None and sigma is not None:                 # stroke: two levels in the paper's ratio
+        ts = (sigma, sigma * 2.24 / 5.38) if a.edit == "stroke" else (sigma,)
+    elif ts is None:                                     # the last level is the boundary, where f is the identity
+        return edit.karras(args.t_max, max(net.t_min, 0.002))[:-1] if a.edit in EDITS else None
+    if not ts or not ts[0] <= args.t_max or not all(t > r for t, r in zip(ts, (*ts[1:], net.t_min))):
+        raise BadInput(f"--ts and --sigma: noise levels descend, from {args.t_max:g} or less, and end above "
+                       f"{net.t_min:g}")
+    return ts
+
+
+def images_of(a, args, config, size, channels):
+    """The images to edit or to compare with, uint8 [N, C, H, W], and their labels [N] or None. Raises BadInput."""
+    if a.images:
+        return edit.read_images(a.images, size, channels)
+    data = load(args.dataset, args.data_dir, args.size)
+    if data.sha256 != config["about"]["data_sha256"]:
+        raise BadInput(f"{data.name} no longer holds the images of this run; put them back, or see --data-dir")
+    if a.edit:
+        return data.images, data.labels
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))      # as in training
+    return data.images[order[:a.n or FD_IMAGES]], None
+
+
+def labels_of(a, classes, own):
+    """The labels to repeat: --classes, or the images' `own`, or all; None if the run has none. Raises BadInput."""
+    if not classes and a.classes:
+        raise BadInput("--classes: this run was not trained with --cond")
+    if classes and a.images and own is None and not a.classes:
+        raise BadInput(f"--images {a.images} has no labels, which this run needs; give --classes")
+    if not classes:
+        return None
+    labels = torch.tensor(a.classes or range(classes)) if a.classes or own is None else own
+    if labels.min() < 0 or labels.max() >= classes:
+        raise BadInput(f"--classes must lie in 0 .. {classes - 1}")
+    return labels
+
+
+def run_of(a):
+    """The method's module, its arguments and config.json, for the run that is named. Raises BadInput."""
+    path = Path(a.run)
     config = config_of(path if path.is_dir() else path.parent)
     name = config["about"]["script"]
     if not importlib.util.find_spec(name):
@@ -42,42 +113,105 @@ def main(argv=None):
     method = importlib.import_module(name)
     args = method.Args(**{k: v for k, v in config.items() if k in method.Args.__dataclass_fields__})
     args.steps = args.steps if a.steps is None else a.steps
+    args.data_dir = a.data_dir or args.data_dir
     if a.t_mid is not None:
         if not hasattr(args, "t_mid") or not 0 < a.t_mid < getattr(args, "t_max", math.pi / 2):
             raise BadInput("--t-mid must lie between 0 and the run's --t-max; diffusion models have none")
         args.t_mid = a.t_mid
-    if args.steps < 1 or a.n < 1 or a.batch < 1:
+    if name == "common.teacher" and (a.ts or a.find_ts or a.edit):
+        raise BadInput("--ts, --find-ts and --edit are for consistency models; this run is a diffusion model")
+    if args.steps < 1 or a.batch < 1 or a.n is not None and a.n < 1:
         raise BadInput("--steps, --n and --batch must be at least 1")
+    return method, args, config
+
+
+def main(argv=None):
+    """Draw or edit images and write them; return them, uint8 [N, C, H, W], and their labels [N] or None. With
+    --find-ts, return the level found."""
+    a = flags(argv)
+    method, args, config = run_of(a)
+    out = Path(a.out or "grid.png")
     if out.suffix not in (".png", ".npz") and out.exists() and (out.is_file() or any(out.iterdir())):
         raise BadInput(f"--out {out} exists already; name a new folder, a .png or a .npz")
     device = device_of(a.device)
-    net = teacher.load(path, device)
-    kwargs = net.model.kwargs
-    labels = None
-    if kwargs["classes"]:
-        which = torch.tensor(a.classes or range(kwargs["classes"]))
-        if which.min() < 0 or which.max() >= kwargs["classes"]:
-            raise BadInput(f"--classes must lie in 0 .. {kwargs['classes'] - 1}")
-        labels = which[torch.arange(a.n) % len(which)]
-    elif a.classes:
-        raise BadInput("--classes: this run was not trained with --cond")
+    net = teacher.load(a.run, device)
+    size, channels, classes = (net.model.kwargs[k] for k in ("size", "channels", "classes"))
+    ts, mask, patch = levels(a, args, net), edit.mask_of(a.mask, size).to(device), a.patch
+    patch = max(2, size // 32) if patch is None else patch
+    if a.edit == "superres" and (patch < 2 or size % patch):
+        raise BadInput(f"--patch must be at least 2 and divide the {size} pixels of a side")
+    if a.edit == "colorize" and channels == 1:
+        raise BadInput("--edit colorize: the images of this run are grey; take another run")
+    real, own = images_of(a, args, config, size, channels) if a.edit in EDITS or a.find_ts else (None, None)
+    labels = labels_of(a, classes, own)
 
-    k = 1 if name == "common.teacher" else args.steps           # the diffusion sampler draws noise once
-    shape, images = (kwargs["channels"], kwargs["size"], kwargs["size"]), []
-    for i in tqdm(torch.arange(a.n).split(a.batch), disable=a.n <= a.batch):
-        y = None if labels is None else labels[i].to(device)
-        images.append(quantise(method.sample(net, noise_of(i, k, shape, device, a.seed), y, args)).cpu())
-    images = torch.cat(images)
-    write(images, labels, out, len(which) if labels is not None else 0)
-    print(f"{a.n} images in {args.steps} step{'s' * (args.steps > 1)}: {out}")
+    n = a.n or (64 if real is None else 16 if a.edit else FD_IMAGES)
+    n = n if real is None else min(n, len(real))
+    cols = n if a.edit in EDITS else max(2, min(n, 8)) if a.edit else 0 if labels is None else len(labels)
+    if labels is not None:                                        # interpolate: one for each row
+        labels = labels[torch.arange(n) // (cols if a.edit == "interpolate" else 1) % len(labels)]
+    k = len(ts) if ts else 1 if method is teacher else args.steps  # the diffusion sampler draws noise once
+    noise = lambda i, k: noise_of(i, k, (channels, size, size), device, a.seed)
+    sample = lambda z, y: quantise(edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args))
+
+    def draw(make):
+        """make(ids, labels) of all images, --batch at a time."""
+        parts = []
+        for i in tqdm(torch.arange(n).split(a.batch), disable=n <= a.batch or a.find_ts):
+            parts.append(make(i, None if labels is None else labels[i].to(device)).cpu())
+        return torch.cat(parts)
+
+    def edited(i, y):
+        z = noise(i, k)
+        return quantise(torch.stack(edit.change(net, a.edit, real[i].to(z) / 127.5 - 1, z, y, ts, mask, patch), 1))
+
+    def between(i, y):
+        row, w = i // cols, (i % cols / (cols - 1)).to(device).view(-1, 1, 1, 1)
+        z = noise(2 * row, k)                                     # that of later steps stays the same
+        z[0] = edit.slerp(z[0], noise(2 * row + 1, 1)[0], w)
+        return sample(z, y)
+
+    if a.find_ts:
+        name, score = "FD (pixels)", lambda images: fd_pixels(real, images)
+        if a.fid:
+            data = load(args.dataset, args.data_dir, args.size, device)
+            name, score = f"FID ({fid.MODE})", lambda images: fid.fid(data, images, args.data_dir)
+        return find(name, score, a.run, net, args.t_max, draw, noise)
+    if a.edit in EDITS:
+        seen, images = draw(edited).unbind(1)
+        sheet = torch.cat([real[:n], seen, images])
+    else:
+        images = sheet = draw(between if a.edit else lambda i, y: sample(noise(i, k), y))
+    write(images, labels, out, sheet, cols)
+    steps = len(ts) if ts else args.steps
+    print(f"{n} images in {steps} step{'s' * (steps > 1)}: {out}")
     return images, labels
 
 
-def write(images, labels, out, cols=0):
+def find(name, score, path, net, t_max, draw, noise):
+    """Search the second noise level of two for the lowest score(images), with the same noise at every level."""
+    first = draw(lambda i, y: edit.multistep(net, noise(i, 1), y, [t_max]))      # the same for all
+    print(f"{name} of {len(first):,} images, 2 steps, by the second noise level; "
+          f"1 step: {score(quantise(first)):.4f}")
+
+    def at(t):
+        def second(i, y):
+            z = noise(i, 2)[1:]
+            return quantise(edit.multistep(net, z, y, [t], first[i].to(z)))
+        value = score(draw(second))
+        print(f"  {t:<10g}{value:8.4f}", flush=True)
+        return value
+
+    best = edit.search(at, max(net.t_min, t_max / 8000), t_max)
+    print(f"best: python -m common.sample {path} --ts {t_max:.12g},{best:g}")
+    return best
+
+
+def write(images, labels, out, sheet, cols):
     rows = images.permute(0, 2, 3, 1).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
-        picture(images, cols).save(out)
+        picture(sheet, cols).save(out)
     elif out.suffix == ".npz":
         np.savez_compressed(out, images=rows, **({} if labels is None else dict(labels=labels.numpy())))
     else:

@@ -44,11 +44,11 @@ class Args:
     cond: bool = False                # condition on the class label
     size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
     flow: Literal["edm", "trig"] = "edm"  # trig: TrigFlow, smooth in the noise level
-    net: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"  # network family
+    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
     ch: int = 128                     # base width of the network
-    mult: tuple = (2, 2, 2)           # width of each resolution, times ch
-    blocks: int = 4                   # residual blocks per resolution
-    attn: tuple = (16,)               # image sizes at which there is attention
+    mult: tuple = (2, 2, 2)           # width of each resolution, times ch; not for dit
+    blocks: int = 4                   # residual blocks per resolution; of dit: all
+    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
     iters: int = 390_625              # optimiser steps: 200 Mimg
     batch: int = 512                  # images per step, over all ranks
     accum: int = 1                    # parts into which a rank's batch is split to save memory
@@ -238,7 +238,7 @@ def get(args, data, run, needed=False):
 
 def show(teacher, run, data):
     """The teacher's figures and grid beside the run's own: those of its folder, or measured now."""
-    if teacher is None or run.start_it or teacher.folder and run.adopt(teacher.folder):
+    if teacher is None or run.args.resume or teacher.folder and run.adopt(teacher.folder):     # resumed: they are there
         return
     draw = lambda noise, y: sample(teacher, noise, y, Args())
     run.evaluate(0, data, draw, net="teacher", steps=Args.steps)

@@ -44,8 +44,8 @@ class Conv2d(nn.Module):
         if self.weight is None:
             return self.resample(x)
         w, b = self.weight, self.bias.to(x.dtype)
-        if self.fused:                            # the bias must not pass the filter
-            return self.resample(F.conv2d(x, w.to(x.dtype), padding=2)) + b[:, None, None]
+        if self.fused:
+            return self.resample(F.conv2d(x, w.to(x.dtype), b, padding=2))
         if self.up and self.copies and w.shape[-1] == 3:                # 16 products a pixel of x; 36 on its copies
             return F.conv_transpose2d(x, copy_then(w).to(x.dtype), b, stride=2, padding=1)
         late = self.up and self.copies            # 1 x 1: either order, this one costs a quarter
@@ -162,6 +162,8 @@ class UNet(nn.Module):
         super().__init__()
         self.kwargs = dict(size=size, channels=channels, ch=ch, mult=tuple(mult), blocks=blocks, attn=tuple(attn),
                            classes=classes, dropout=dropout, net=net, fourier=fourier, norm=norm)
+        if size % 2 ** (len(mult) - 1):
+            raise ValueError(f"images of {size} x {size} cannot be halved {len(mult) - 1} times; shorten --mult")
         self.net, self.ch, self.classes, c_emb = net, ch, classes, 4 * ch
         ncsnpp, adm = net == "ncsnpp", net == "adm"
         taps, c_noise = ((1, 3, 3, 1), 2 * ch) if ncsnpp else ((1, 1), ch)

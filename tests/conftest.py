@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                                  # the suite's own speed; also steadier sums
 METHODS = [m for m in ("cd", "ct", "ict", "ect", "scm", "rcm") if (ROOT / f"{m}.py").exists()]
+DISTIL = ["cd"]                                           # those that cannot do without a teacher
 TINY = ["--device", "cpu", "--ch", "16", "--blocks", "1", "--attn", "4", "--iters", "4", "--batch", "8", "--grid", "4",
         "--warmup", "0", "--log-every", "2", "--save-every", "2"]
 
@@ -54,7 +55,8 @@ def train(tmp_path):
     def go(script, *flags, tiny=TINY):
         from common.run import parse
         m = importlib.import_module(script)
-        extra = ["--teacher", "none"] if script in METHODS and "--teacher" not in flags and "--resume" not in flags else []
+        start = ["--teacher", "train", "--teacher-iters", "2"] if script in DISTIL else ["--teacher", "none"]
+        extra = start if script in METHODS and "--teacher" not in flags and "--resume" not in flags else []
         flags = list(flags) if "--resume" in flags else [*tiny, "--out", str(tmp_path / "runs"), *extra, *flags]
         metrics = m.main(parse(m.Args, m.PRESETS, flags))
         return metrics, Path(metrics["run"])

@@ -4,6 +4,7 @@ import torch
 from test_unet import FAMILIES, inputs, random_net
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.dit import DiT
 from common.jvp import dual, jvp, probe
 from common.precond import TrigFlow
 from common.unet import UNet, attention
@@ -23,6 +24,19 @@ def test_equals_torch_func_jvp_on_every_network(kw):
     for ours, exact, tol in ((jvp(F, (x, c), v), True, 1e-12), (jvp(F, (x, c), v, exact=False), False, 1e-7)):
         for a, b in zip(ours, theirs, strict=True):
             assert (a - b).norm() < tol * b.norm() and not a.requires_grad
+
+
+def test_equals_torch_func_jvp_on_a_transformer():
+    torch.manual_seed(0)
+    net = DiT(8, 3, ch=32, blocks=2, classes=4).double().eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, c, y = torch.randn(2, 3, 8, 8).double(), torch.rand(2).double(), torch.tensor([1, 3])
+    v = torch.randn_like(x), torch.randn_like(c)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        theirs = torch.func.jvp(lambda x, c: net(x, c, y), (x, c), v)
+    ours = jvp(lambda x, c: net(x, c, y), (x, c), v)
+    assert all((a - b).norm() < 1e-12 * b.norm() for a, b in zip(ours, theirs, strict=True))
 
 
 def test_attention_looks_at_each_input():

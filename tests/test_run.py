@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, ROOT, TINY, equal, lines, pixels, snapshot, weights
+from conftest import DISTIL, METHODS, ROOT, TINY, equal, lines, pixels, snapshot, weights
 from PIL import Image
 
 import ect
@@ -267,12 +267,15 @@ def test_run_folder_is_complete(method, train):
         assert r.keys() >= {"it", "sec", "loss", "lr", "img_s", "mem_gb"}
         assert all(map(math.isfinite, r.values()))
     assert all(r.keys() == KEYS for r in figures)
+    teacher = [r for r in figures if r["net"] == "teacher"]               # shown by the methods that distil
+    figures = [r for r in figures if r["net"] == "ema"]
+    assert len(teacher) == (method in DISTIL) and (metrics.pop("fd_pixels_teacher", None) is None) == (not teacher)
     assert [(r["it"], r["steps"]) for r in figures] == [(2, 1), (2, 3), (4, 1), (4, 3)]
     assert {r["t_mid"] for r in figures if r["steps"] == 1} == {None}
     assert metrics == {"run": str(run), **{f"fd_pixels_{r['steps']}step": r["value"] for r in figures[2:]}}
 
     grids = {p.name: Image.open(p) for p in (run / "samples").iterdir()}
-    assert grids.keys() == {f"000000{it}_{k}step.png" for it in (2, 4) for k in (1, 3)}
+    assert grids.keys() - {"0000000_teacher.png"} == {f"000000{it}_{k}step.png" for it in (2, 4) for k in (1, 3)}
     assert {g.size for g in grids.values()} == {pixels(4, 1)}, "4 images, a column for each class"
     saved = ckpt(run)
     assert (saved["it"], ckpt(run, "ckpt.prev.pt")["it"]) == (4, 2)

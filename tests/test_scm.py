@@ -384,6 +384,17 @@ def test_a_student_of_a_trigflow_model_takes_its_embedding_and_norm(quick, edm):
     assert "head.weight" in changed and "model.map_layer0.weight" in changed    # the weight head learns, too
 
 
+@pytest.mark.parametrize("net", [("dit", "--ch", "16"), ("ncsnpp",), ("adm", "--ch", "64", "--mult", "1,1")])
+def test_every_network_trains_and_resumes(net, quick):
+    """Each has its own way to be made for TrigFlow, and none may forget it in the checkpoint or on --resume."""
+    _, run = quick("--net", *net)
+    before = teachers.load(run)
+    quick("--resume", str(run), "--iters", "3")
+    after = teachers.load(run)
+    assert before.spec == after.spec and after.raw == "trig" and after.spec["net"] == net[0]
+    assert after.model.kwargs.get("norm") == (None if net[0] == "dit" else "double")
+
+
 def test_optimiser_and_learning_rate(train):
     """RAdam with the paper's betas; warm-up, then 1/sqrt(step) from --decay on, and constant without."""
     flags = "--iters", "4", "--lr", "1e-3", "--log-every", "1", "--save-every", "4"

@@ -23,7 +23,7 @@ def test_without_a_released_file_fast_and_paper_say_what_to_do(monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("net, cond, name", [("ddpmpp", False, "uncond-vp"), ("ncsnpp", False, "uncond-ve"),
-                                             ("ncsnpp", True, "cond-ve"), ("adm", False, None)])
+                                             ("ncsnpp", True, "cond-ve"), ("adm", False, None), ("dit", False, None)])
 def test_the_released_file_is_that_of_the_family(capsys, net, cond, name):
     args = teacher.Args(dataset="cifar10", net=net, cond=cond)
     if name:

@@ -49,8 +49,8 @@ def test_equals_the_obvious_network(kw):
     dict(net="adm", ch=32, mult=(1, 4)), dict(net="adm", ch=32, mult=(2, 4, 6), blocks=2, attn=(16, 4), classes=0)])
 def test_equals_the_other_obvious_networks(kw):
     """Catches, among others: a filter that is not normalised or too weak going up, the image's path kept beside the
-    skip it replaces, its bias filtered, a lost root of two; scale without its one, scale and shift exchanged, one head
-    for all, attention only at the end of the decoder, another eps, the label before the second layer."""
+    skip it replaces, a lost root of two; scale without its one, scale and shift exchanged, one head for all, another
+    eps, sine and cosine exchanged, the label before the second layer."""
     kw = dict(fourier=1.0) | kw
     assert agree(random_net(**kw)) < 1e-12
 
@@ -89,7 +89,7 @@ def test_embedding_is_sine_then_cosine_with_both_end_points():
 
 @torch.no_grad()
 def test_smooth_resampling_is_the_filter_1331():
-    """Each axis of an image by its matrix: zeros outside, weights that sum to 1 inside, the bias after the filter."""
+    """Each axis of an image by its matrix: zeros outside, weights that sum to 1 inside, the bias untouched."""
     down = torch.tensor([[3, 3, 1, 0, 0, 0], [0, 1, 3, 3, 1, 0], [0, 0, 0, 1, 3, 3]]) / 8
     up = 2 * down.T
     x = torch.randn(2, 4, 6, 6)
@@ -139,6 +139,8 @@ def test_names_of_the_other_released_networks():
     assert not {"map_label.bias", "enc.32x32_down.skip.weight", "enc.32x32_down.qkv.weight",
                 "dec.64x64_aux_norm.weight", "dec.32x32_up.skip.weight", "dec.8x8_in1.qkv.weight",
                 "enc.64x64_block0.qkv.weight", "dec.64x64_block0.qkv.weight"} & set(adm)
+    first = {net: UNet(8, 3, 64, (2,), 1, (), net=net).enc["8x8_conv"].weight.shape[0] for net in FAMILIES}
+    assert first == dict(ddpmpp=64, ncsnpp=64, adm=128)   # ADM's first convolution has the width of its blocks
 
 
 def test_adm_starts_as_its_authors_say():

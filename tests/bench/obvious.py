@@ -182,3 +182,64 @@ def adm(p, x, c_noise, onehot=None):
             skips.append(x)
     x = F.silu(F.group_norm(x, min(32, x.shape[1] // 4), p["out_norm.weight"], p["out_norm.bias"], 1e-5))
     return F.conv2d(x, p["out_conv.weight"], p["out_conv.bias"], padding=1)
+
+
+# ---- DiT: image by image, token by token, head by head, with torch's own layers where there are some ---------------
+def layer(p, name):
+    w = p[name + ".weight"]
+    module = torch.nn.Linear(w.shape[1], w.shape[0], dtype=w.dtype)
+    with torch.no_grad():
+        module.weight.copy_(w)
+        module.bias.copy_(p[name + ".bias"])
+    return module
+
+
+def waves(v, n):
+    freqs = [10000 ** (-j / (n // 2 - 1)) for j in range(n // 2)]
+    return [math.sin(v * f) for f in freqs] + [math.cos(v * f) for f in freqs]
+
+
+def rms(x, gain):
+    return x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + 1e-6) * gain
+
+
+def dit_block(p, name, h, c):
+    """h [tokens, width] and c [width] of one image."""
+    width, d = h.shape[1], len(p[name + ".q_norm.weight"])
+    norm = torch.nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+    m = layer(p, name + ".modulation")(c)
+    gain0, bias0, gate0, gain1, bias1, gate1 = [m[i * width:(i + 1) * width] for i in range(6)]
+    qkv, out = layer(p, name + ".qkv")(norm(h) * (1 + gain0) + bias0), []
+    for i in range(width // d):
+        q, k, v = [qkv[:, j * width + i * d:j * width + (i + 1) * d] for j in range(3)]
+        q, k = rms(q, p[name + ".q_norm.weight"]), rms(k, p[name + ".k_norm.weight"])
+        out.append(torch.stack([sum(w * u for w, u in zip(torch.softmax(k @ one / math.sqrt(d), 0), v)) for one in q]))
+    h = h + gate0 * layer(p, name + ".proj")(torch.cat(out, 1))
+    mlp = torch.nn.Sequential(layer(p, name + ".mlp0"), torch.nn.GELU("tanh"), layer(p, name + ".mlp1"))
+    return h + gate1 * mlp(norm(h) * (1 + gain1) + bias1)
+
+
+def dit(p, x, c_noise, y=None, patch=2):
+    """DiT without dropout. p: weights by name, x [B,C,H,W], c_noise [B], y [B] or None."""
+    width, (_, channels, size, _), images = len(p["patches.bias"]), x.shape, []
+    tower = torch.nn.Sequential(layer(p, "map_layer0"), torch.nn.SiLU(), layer(p, "map_layer1"))
+    for i, image in enumerate(x):
+        c = tower(torch.tensor(waves(float(c_noise[i]), width), dtype=x.dtype))
+        if "map_label" in p:
+            c = c + p["map_label"][len(p["map_label"]) - 1 if y is None or y[i] < 0 else int(y[i])]
+        c, tokens = torch.nn.functional.silu(c), []
+        places = [(row, col) for row in range(size // patch) for col in range(size // patch)]
+        for row, col in places:
+            pixels = image[:, row * patch:(row + 1) * patch, col * patch:(col + 1) * patch]
+            place = torch.tensor(waves(row, width // 2) + waves(col, width // 2), dtype=x.dtype)
+            tokens.append(layer(p, "patches")(pixels.flatten()) + place)
+        h = torch.stack(tokens)
+        for name in dict.fromkeys(".".join(k.split(".")[:2]) for k in p if k.startswith("blocks.")):
+            h = dit_block(p, name, h, c)
+        m = layer(p, "modulation")(c)
+        h = torch.nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)(h) * (1 + m[:width]) + m[width:]
+        out = torch.empty_like(image)
+        for (row, col), token in zip(places, layer(p, "out")(h)):
+            out[:, row * patch:(row + 1) * patch, col * patch:(col + 1) * patch] = token.view(channels, patch, patch)
+        images.append(out)
+    return torch.stack(images)

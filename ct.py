@@ -1,0 +1,214 @@
+"""
+ct.py: Consistency Training.    Song et al. 2023, arXiv:2303.01469.
+
+Idea    Consistency distillation (cd.py) without the teacher: x_r is x0 with less of the same noise.
+        Why that works: given x_t, the mean of x0 + r*eps is exactly where one Euler step of the
+        probability-flow ODE from t to r lands, since E[x0 | x_t] is what a perfect teacher returns;
+        up to higher orders of t - r the gradient is that of CD. What remains is the scatter around
+        the mean: the loss does not go to zero, not even at the solution, and cannot be watched.
+        Few levels learn fast and are biased, many the reverse: so N grows, and with it mu.
+
+One training step                                                                    [Algorithm 3]
+    N       <- N(it)                                   # 2 .. s1 + 1 levels t_1 < .. < t_N
+    n       ~  uniform on 1 .. N-1;  t = t_(n+1), r = t_n
+    x_t     =  x0 + t*eps;  x_r = x0 + r*eps           # the same eps
+    f_t     =  f(x_t, t; net)                          # gradient flows here
+    f_r     =  f(x_r, r; target), no gradient          # same dropout mask
+    loss    =  |f_t - f_r|^2                           # weight 1                        [Eq. 10]
+    target  <- mu*target + (1 - mu)*net                # mu = mu(it)                      [Eq. 8]
+
+Deviations from the paper
+    The distance is the squared L2 norm, one of the paper's three; its best figures are with LPIPS.
+    The norm is a sum over pixels, the paper's a mean: RAdam divides the factor out.
+    The decay of the averaged weights ramps up in the first steps; in the paper it is constant.
+    Non-finite gradients stop the run. GPUs multiply in TF32. Presets digits and small are ours.
+    mu = mu0^(s0 / N) as in the paper; its code has N - 1. t_mid is ours: the paper names none.
+
+Read next: ict.py.  See only what changes: diff ct.py ict.py
+"""
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from common import teacher as teachers
+from common.data import load
+from common.precond import EDM, backbone
+from common.run import Run, parse
+
+
+# ==== 1. Arguments ================================================================================
+@dataclass
+class Args:
+    fixed = ("iters",)                # neither field nor flag: what --resume may not change here
+    # --- the run (the same in every file)
+    dataset: str = "digits"           # digits | mnist | fashion_mnist | cifar10 | a folder | a .npz
+    data_dir: str = "data"            # where downloads are kept
+    out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
+    resume: str = ""                  # go on with this run folder; a finished one is only sampled
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small on a CPU, else fast
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
+    seed: int = 0                     # everything random follows from (seed, rank, step)
+    cond: bool = False                # condition on the class label
+    size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
+    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ncsnpp"  # network family
+    ch: int = 128                     # base width of the network
+    mult: tuple = (2, 2, 2)           # width of each resolution, times ch; not for dit
+    blocks: int = 4                   # residual blocks per resolution; of dit: all
+    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
+    teacher: str = "none"             # auto | train | none | run folder | .pt | .pkl | address
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: its own preset
+    iters: int = 800_000              # optimiser steps
+    batch: int = 512                  # images per step, over all ranks
+    accum: int = 1                    # parts into which a rank's batch is split to save memory
+    lr: float = 4e-4                  # learning rate after warm-up
+    warmup: int = 0                   # steps of linear warm-up
+    ema: float = 0.9999               # decay of the averaged weights, which are the ones sampled
+    dropout: float = 0.0              # dropout inside the network
+    flip: bool = False                # random horizontal flips
+    bf16: bool = False                # bfloat16 activations; weights and loss stay float32
+    compile: bool = False             # torch.compile the network
+    shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
+    steps: int = 2                    # sampling steps
+    grid: int = 64                    # images in a sample grid
+    log_every: int = 100              # steps between log lines
+    save_every: int = 5_000           # steps between checkpoints, grids and figures
+    keep: bool = False                # keep every checkpoint, not only the last two
+    max_skips: int = 0                # steps that may be skipped because they are not finite
+    fid: int = 0                      # images for an FID at the end: 50000 for a published figure
+    fid_every: int = 0                # also measure it every so many steps
+    # --- the method (defaults: the paper's recipe for CIFAR-10, Table 3)
+    s0: int = 2                       # noise levels at the start
+    s1: int = 150                     # noise levels at the end, less one
+    mu0: float = 0.9                  # decay of the target network at the start
+    t_mid: float = 0.821              # noise level of the second sampling step
+    t_max: float = 80.0               # noise level of the first, and the highest of the grid
+    t_min: float = 0.002              # the lowest: f(x, t_min) = x
+    rho: float = 7.0                  # bends the grid towards low levels
+    sd: float = 0.5                   # standard deviation of the data, sigma_data
+
+
+PRESETS = {
+    "paper": dict(cost="800,000 steps of 512 images; the authors used eight A100"),
+    # ours, for two CPU cores: small networks, short averages, warm-up as the first five steps of
+    # RAdam are not normalised; few levels and a fast target, or time would not suffice
+    "small": dict(cost="30 min on two CPU cores", net="ddpmpp", iters=2_000, batch=64, warmup=50,
+                  lr=1e-3, ema=0.99, s1=60, mu0=0.05, ch=32, mult=(1, 1, 2), blocks=1,
+                  save_every=500),
+    "digits": dict(cost="about 8 minutes on two CPU cores", iters=2_500, lr=1e-3, s1=60, mu0=0.05,
+                   batch=128, warmup=50, ema=0.995, ch=32, net="ddpmpp",
+                   mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=1.2, sd=0.75),
+    "cifar10": dict(flip=True),
+    # the data's own standard deviation; the second sampling level follows it
+    "mnist": dict(sd=0.55, t_mid=0.9),
+    "fashion_mnist": dict(sd=0.66, t_mid=1.1),
+}
+
+
+# ==== 2. Schedules ================================================================================
+def levels(it, args):
+    """N(it), the number of noise levels: from s0 to s1 + 1, the faster the fewer there are."""
+    lo, hi = args.s0**2, (args.s1 + 1) ** 2
+    return math.ceil(math.sqrt(it / args.iters * (hi - lo) + lo) - 1) + 1
+
+
+def mu(it, args):
+    """Decay of the target network: mu0 at the start, towards 1 as the levels get closer."""
+    return args.mu0 ** (args.s0 / levels(it, args))
+
+
+def karras(N, args):
+    """t_min = t_1 < .. < t_N = t_max, float64 [N]: equal steps of t^(1/rho)."""
+    lo, hi = args.t_min ** (1 / args.rho), args.t_max ** (1 / args.rho)
+    return (lo + torch.linspace(0, 1, N, dtype=torch.float64) * (hi - lo)) ** args.rho
+
+
+def times(n, it, args, device):
+    """Draw n pairs of neighbouring noise levels t > r, each [n, 1, 1, 1]."""
+    ts = karras(levels(it, args), args).float().to(device)
+    i = torch.randint(len(ts) - 1, (n, 1, 1, 1), device=device)
+    return ts[i + 1], ts[i]
+
+
+# ==== 3. Loss =====================================================================================
+def loss_fn(net, target, x0, y, it, args, reseed):
+    """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t [B,1,1,1], loss [B].
+    reseed() resets the random generator, so that both networks drop the same units."""
+    t, r = times(len(x0), it, args, x0.device)
+    eps = torch.randn_like(x0)                            # one eps for both points: same path
+
+    reseed()                                              # same dropout mask in both calls
+    f_t = net(x0 + t * eps, t, y)
+    reseed()
+    with torch.no_grad():                                 # the target is a constant
+        f_r = target(x0 + r * eps, r, y)
+
+    loss = ((f_t - f_r) ** 2).flatten(1).sum(1)           # squared distance per image [B]
+    return loss.mean(), dict(t=t, loss=loss.detach(), N=levels(it, args))
+
+
+# ==== 4. Sampling =================================================================================
+@torch.no_grad()
+def sample(net, noise, y, args):
+    """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
+    hi, lo, K = math.log10(args.t_max), math.log10(args.t_mid), len(noise)
+    ts = torch.logspace(hi, lo, K, dtype=noise.dtype, device=noise.device)
+    x = torch.zeros_like(noise[0])
+    for t, z in zip(ts, noise):                           # K = 1: t_max;  K = 2: t_max, t_mid
+        x = net(x + (t**2 - args.t_min**2).sqrt() * z, t.expand(len(z), 1, 1, 1), y)  # Alg. 1
+    return x.clamp(-1, 1)
+
+
+# ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
+def main(args):
+    """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
+    run = Run(args, __file__)                             # device and ranks; no file is written yet
+    data = load(args.dataset, args.data_dir, args.size, run.device)
+    teacher = teachers.get(args, data, run)               # *
+    run.seed(-1)                                          # negative: the same on every rank
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    net = EDM(backbone(args, data, teacher), args.sd, args.t_min, dtype)  # *
+    ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
+    target = run.place(deepcopy(net).requires_grad_(False))  # slow copy, training mode  # *
+    net = run.place(net)
+    if args.compile:                                      # both: other kernels, other masks  # *
+        net.compile()                                     # *
+        target.compile()                                  # *
+    opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)  # *
+    state = dict(net=net, ema=ema, target=target, opt=opt)  # *
+    draw = lambda noise, y: sample(ema, noise, y, args)
+
+    it = run.start(state, data)                           # a new folder, or where it stopped
+    teachers.show(teacher, run, data)                     # *
+    while it < args.iters:
+        for part in range(args.accum):
+            run.seed(it, part)
+            x0, y = run.batch(data, it, part)
+            reseed = lambda: run.seed(it, part, stream=1)
+            loss, stats = loss_fn(net, target, x0, y, it, args, reseed)  # *
+            (loss / args.accum).backward()
+            run.count(stats)                              # sums stay on the device
+        lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))  # *
+        for group in opt.param_groups:
+            group["lr"] = lr
+        if run.sync(opt, it):                             # mean over ranks; False: not finite, skip
+            opt.step()
+            decay = min(args.ema, (it + 1) / (it + 10))   # a short average at first  # *
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+                slow, fast = list(target.parameters()), list(net.parameters())  # *
+                torch._foreach_lerp_(slow, fast, 1 - mu(it, args))  # *
+        opt.zero_grad(set_to_none=True)
+
+        it += 1
+        run.log(it, lr=lr)
+        if run.due(it):                                   # each --save-every, at the end, a signal
+            run.save(it, state)
+            run.evaluate(it, data, draw)
+    return run.finish(it, data, draw)
+
+
+if __name__ == "__main__":
+    main(parse(Args, PRESETS))

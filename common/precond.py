@@ -3,9 +3,10 @@ only the raw network sees it flat."""
 import torch
 import torch.nn as nn
 
+from common import jvp
 from common.dit import DiT
 from common.run import BadInput
-from common.unet import UNet
+from common.unet import Linear, UNet
 
 NETS = dict(ddpmpp=UNet, ncsnpp=UNet, adm=UNet, dit=DiT)
 
@@ -36,18 +37,84 @@ class EDM(nn.Module):
         return c_skip * x + c_out * F.to(wide)
 
 
+class TrigFlow(nn.Module):
+    """f(x, t) = cos(t) x - sin(t) sd F(x, t)   (TrigFlow, sCM, arXiv:2410.11081), with f(x, 0) = x for any F.
+
+    x = cos(t) x0 + sin(t) z with z ~ N(0, sd^2), t in [0, pi/2), [B,1,1,1]: arctan(sigma/sd) for EDM's sigma.
+    sd F is the velocity dx/dt. `raw` says for which flow the raw network was made: "trig", F(x, t) = model(x/sd, t), or
+    "edm", F(x, t) = -model(x/sd, ln(sd tan t)/4), exactly the same diffusion model. `weigh` is the adaptive weight
+    w_phi(t) of losses e^w d - w, which learns w = -ln E[d]. F computes in `dtype`, everything around it in float32
+    (float64 if dtype is float64), and all of it if a derivative is taken."""
+    def __init__(self, model, sd=0.5, raw="trig", dtype=torch.float32):
+        super().__init__()
+        self.model, self.sd, self.raw, self.dtype = model, sd, raw, dtype
+        self.head = Linear(32, 1, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    @property
+    def spec(self):
+        return dict(flow="trig", net=self.model.kwargs["net"], kwargs=self.model.kwargs, sd=self.sd, raw=self.raw)
+
+    def F(self, x, t, y=None):
+        wide = torch.promote_types(self.dtype, torch.float32)
+        x, t = x.to(wide), t.to(wide)
+        c_noise = t if self.raw == "trig" else (self.sd * t.tan()).log() / 4
+        F = self.model((x / self.sd).to(wide if jvp.precise else self.dtype), c_noise.flatten(), y).to(wide)
+        return F if self.raw == "trig" else -F
+
+    def weigh(self, t):
+        a = t.flatten()[:, None] * torch.arange(16, device=t.device, dtype=t.dtype)    # waves of t; the first is 1
+        return self.head(torch.cat([a.cos(), a.sin()], 1)).sum(1)       # [B]; flatten is a view, which FSDP2 minds
+
+    def forward(self, x, t, y=None):
+        wide = torch.promote_types(self.dtype, torch.float32)
+        x, t = x.to(wide), t.to(wide)
+        return t.cos() * x - t.sin() * self.sd * self.F(x, t, y)
+
+    def denoise(self, x, sigma, y=None):
+        """EDM's D(x; sigma), of x = x0 + sigma eps, if this is a diffusion model."""
+        t = torch.atan(sigma / self.sd)
+        return self(t.cos() * x, t, y)
+
+
+def trig(net):
+    """A frozen network as TrigFlow, sharing its weights."""
+    return net if isinstance(net, TrigFlow) else TrigFlow(net.model, net.sd, "edm", net.dtype).requires_grad_(False)
+
+
+def trig_from_rf(s, x, v, sd):
+    """Rectified flow, x = (1-s) x0 + s eps with velocity v = E[eps - x0 | x] -> t, x and F of TrigFlow. No division by
+    sin(t), which is 0 at s = 0."""
+    n = ((1 - s) ** 2 * sd**2 + s**2).sqrt()
+    return torch.atan2(s, (1 - s) * sd), x * sd / n, n / sd * v + ((1 - s) * sd**2 - s) / (n * sd) * x
+
+
+def rf_from_trig(t, x, F, sd):
+    """The inverse of trig_from_rf: s, x and v of rectified flow."""
+    s = sd * t.sin() / (sd * t.sin() + t.cos())
+    n = ((1 - s) ** 2 * sd**2 + s**2).sqrt()
+    x = x * n / sd
+    return s, x, (F - ((1 - s) * sd**2 - s) / (n * sd) * x) * sd / n
+
+
 def build(spec, dtype=torch.float32):
     """The untrained network that `spec` (of a checkpoint) describes."""
-    return EDM(NETS[spec["net"]](**spec["kwargs"]), spec["sd"], spec["t_min"], dtype)
+    model = NETS[spec["net"]](**spec["kwargs"])
+    if spec["flow"] == "trig":
+        return TrigFlow(model, spec["sd"], spec["raw"], dtype)
+    return EDM(model, spec["sd"], spec["t_min"], dtype)
 
 
 def backbone(args, data, teacher=None, **more):
     """The raw network F that the flags describe, `more` being keywords without a flag, or a copy of the teacher's, in
-    either case with the run's own dropout. Raises BadInput where the flags do not fit the images."""
+    either case with the run's own dropout. --flow trig: as sCM made it, smooth in the noise level, whose derivative
+    enters the loss. Raises BadInput where the flags do not fit the images."""
     _, channels, size, _ = data.images.shape
     if teacher is not None:
         kwargs = dict(teacher.model.kwargs, dropout=args.dropout)
     else:
+        if getattr(args, "flow", "edm") == "trig" and NETS[args.net] is UNet:
+            more |= dict(norm="double", fourier=0.02)
         kwargs = dict(size=size, channels=channels, ch=args.ch, mult=args.mult, blocks=args.blocks, attn=args.attn,
                       classes=data.classes if args.cond else 0, dropout=args.dropout, net=args.net, **more)
     if args.cond and not data.classes:

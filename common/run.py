@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "kee
               "fid", "fid_every", "device", "data_dir", "out", "resume"}      # on resume; the rest defines the run
 AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
                 warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0, mu=0, P_std=0, guidance=0,
-                boundaries=1, s0=2)
+                boundaries=1, s0=2, H=0, decay=0)
 FD_IMAGES = 2048                                                # at most, for fd_pixels
 EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
@@ -57,7 +57,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(cls, presets, argv=None):
-    """The flags of `argv` as a `cls`: explicit flag > resumed run's config > preset > default of `cls`.
+    """The flags of `argv` as a `cls`: explicit flag > resumed run's config > preset of the --mode, if any > preset >
+    default of `cls`.
 
     A field's default gives the type, its trailing comment the help. Raises BadInput."""
     source = inspect.getsource(cls)
@@ -92,7 +93,7 @@ def parse(cls, presets, argv=None):
             raise BadInput(f"there is no --preset {preset} here; take one of {', '.join(presets)}")
         data = presets.get(dataset if dataset in DATASETS else "folder", {})
         chosen, why = presets[preset] | data | dict(preset=preset), preset
-    chosen = dict(chosen)
+    chosen = dict(chosen) | presets.get(given.get("mode"), {})
     cost = chosen.pop("cost", None)
     if cost:
         say(f"preset {why}: {cost}")
@@ -174,9 +175,9 @@ class Run:
         for name, low in AT_LEAST.items():
             if not getattr(args, name, low) >= low:             # NaN is refused, too
                 raise BadInput(f"--{name.replace('_', '-')} must be at least {low}")
-        for name in ("lr", "sd", "t_min", "rho", "mu0"):
+        for name in ("lr", "sd", "t_min", "rho", "mu0", "sigma_max"):
             if not 0 < getattr(args, name, 1) < math.inf:
-                raise BadInput(f"--{name} must be positive")
+                raise BadInput(f"--{name.replace('_', '-')} must be positive")
         if max(args.dropout, args.ema, getattr(args, "mu", 0)) >= 1:
             raise BadInput("--dropout, --ema and --mu must be below 1")
         if args.batch % parts:
@@ -187,10 +188,12 @@ class Run:
             raise BadInput("--mult takes one number, at least 1, for each resolution: such as 1,2,2")
         if args.shard and self.world == 1:
             raise BadInput("--shard needs several ranks; start with torchrun")
-        if not getattr(args, "t_min", 0) < t_mid < getattr(args, "t_max", math.inf):
-            raise BadInput("--t-mid must lie between 0, or --t-min, and --t-max")
+        if not getattr(args, "t_min", 0) < t_mid < getattr(args, "t_max", math.pi / 2):
+            raise BadInput("--t-mid must lie between 0, or --t-min, and --t-max, or pi/2")
         if getattr(args, "s0", 0) > getattr(args, "s1", math.inf):
             raise BadInput("--s0 must not exceed --s1")
+        if hasattr(args, "jvp") and args.compile and args.dropout:
+            raise BadInput("--compile: compiled and differentiated networks drop different units; add --dropout 0")
         if args.fid:
             fid.inception(args.data_dir, self.device)           # now, and not after a day of training
 
@@ -218,6 +221,8 @@ class Run:
             for block in [m for m in net.modules() if type(m).__name__.endswith("Block")]:
                 fully_shard(block, mesh=mesh)
             fully_shard(net, mesh=mesh, reshard_after_forward=True)      # ema has no backward that would
+            for name in {"F", "weigh"} & set(dir(net)):         # called beside forward, they need whole weights, too
+                register_fsdp_forward_method(net, name)
         return net
 
     def start(self, state, data):
@@ -248,7 +253,7 @@ class Run:
         return it
 
     def new_folder(self, dataset):
-        stem = f"{Path(self.file).stem}-{dataset}"
+        stem = "-".join(filter(None, [Path(self.file).stem, getattr(self.args, "mode", ""), dataset]))
         taken = [int(p.name[len(stem) + 1:]) for p in numbered(self.args.out, stem)]
         folder = Path(self.args.out) / f"{stem}-{max(taken, default=-1) + 1:03d}"
         if self.rank == 0:

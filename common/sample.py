@@ -115,7 +115,7 @@ def run_of(a):
     args.steps = args.steps if a.steps is None else a.steps
     args.data_dir = a.data_dir or args.data_dir
     if a.t_mid is not None:
-        if not hasattr(args, "t_mid") or not 0 < a.t_mid < getattr(args, "t_max", math.inf):
+        if not hasattr(args, "t_mid") or not 0 < a.t_mid < getattr(args, "t_max", math.pi / 2):
             raise BadInput("--t-mid must lie between 0 and the run's --t-max; diffusion models have none")
         args.t_mid = a.t_mid
     if name == "common.teacher" and (a.ts or a.find_ts or a.edit):

@@ -5,6 +5,9 @@ One training step
     t       ~  lognormal(P_mean, P_std)                     # noise level            [Table 1]
     loss    =  |D(x0 + t*eps, t) - x0|^2 * (t^2 + sd^2) / (t*sd)^2     # sum over C, H, W
 
+    or, with --flow trig (sCM, arXiv:2410.11081), z = sd*eps and a = arctan(t/sd):
+    loss    =  e^w |sd*F(cos(a)*x0 + sin(a)*z, a) - (cos(a)*z - sin(a)*x0)|^2 - w     # w(a) is learned
+
 Deviations from the paper: no augmentation pipe (the paper's configuration E: FID 2.05 instead of 1.97
 on CIFAR-10). With --cond, 10 % of the labels are dropped, for guidance. Gradients that are not finite
 stop the run; the authors' code replaces them by numbers. GPUs multiply in TF32. The presets fast, small
@@ -24,7 +27,7 @@ import torch
 
 from common import assets
 from common.data import load as load_data
-from common.precond import EDM, backbone, build
+from common.precond import EDM, TrigFlow, backbone, build
 from common.run import BadInput, Run, config_of, load_checkpoint, numbered, parse, say
 
 
@@ -40,6 +43,7 @@ class Args:
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
     size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
+    flow: Literal["edm", "trig"] = "edm"  # trig: TrigFlow, smooth in the noise level
     net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
     ch: int = 128                     # base width of the network
     mult: tuple = (2, 2, 2)           # width of each resolution, times ch; not for dit
@@ -94,6 +98,13 @@ def loss_fn(net, x0, y, args):
     eps = torch.randn_like(x0)
     if y is not None:                                     # -1: the network is told no label
         y = torch.where(torch.rand(len(y), device=y.device) < args.label_dropout, -1, y)
+    if args.flow == "trig":
+        a = torch.atan(t / args.sd)
+        cos, sin, z = a.cos(), a.sin(), args.sd * eps
+        d = (args.sd * net.F(cos * x0 + sin * z, a, y) - (cos * z - sin * x0)) ** 2
+        w = net.weigh(a)
+        loss = w.exp() * d.flatten(1).mean(1) - w         # mean: w starts near where it ends
+        return loss.mean(), dict(t=t, loss=loss.detach())
     d = ((net(x0 + t * eps, t, y) - x0) ** 2).flatten(1).sum(1)
     loss = d * ((t**2 + args.sd**2) / (t * args.sd) ** 2).flatten()
     return loss.mean(), dict(t=t, loss=loss.detach())
@@ -108,7 +119,8 @@ def sample(net, noise, y, args):
     ts = (hi + i * (lo - hi)) ** args.rho
     ts = torch.cat([ts, torch.zeros(1, dtype=ts.dtype)]).to(noise.device)
     x = noise[0] * ts[0]
-    slope = lambda x, t: (x - net(x, t.expand(len(x), 1, 1, 1), y)) / t
+    D = getattr(net, "denoise", net)                      # of TrigFlow; EDM's networks are one
+    slope = lambda x, t: (x - D(x, t.expand(len(x), 1, 1, 1), y)) / t
     for t, r in zip(ts, ts[1:]):
         d = slope(x, t)
         x_r = x + (r - t) * d
@@ -123,11 +135,12 @@ def main(args):
     data = load_data(args.dataset, args.data_dir, args.size, run.device)
     run.seed(-1)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    net = EDM(backbone(args, data), args.sd, dtype=dtype)
+    wrap = TrigFlow if args.flow == "trig" else EDM
+    net = wrap(backbone(args, data), args.sd, dtype=dtype)
     ema = run.place(deepcopy(net).eval().requires_grad_(False))
     net = run.place(net)
     if args.compile:
-        net.compile()
+        net.model.compile()
     opt = torch.optim.Adam(net.parameters(), lr=args.lr, foreach=True)
     state = dict(net=net, ema=ema, opt=opt)
     draw = lambda noise, y: sample(ema, noise, y, args)
@@ -178,9 +191,9 @@ def load(path, device="cpu"):
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-SAME = ("dataset", "data_dir", "out", "device", "seed", "cond", "size", "net", "ch", "mult", "blocks", "attn", "accum",
-        "bf16", "compile", "shard", "grid", "fid", "sd")            # flags that a method hands to its teacher
-MATCH = ("cond", "net", "ch", "mult", "blocks", "attn", "sd")  # what a teacher found under --out must share
+SAME = ("dataset", "data_dir", "out", "device", "seed", "cond", "size", "flow", "net", "ch", "mult", "blocks", "attn",
+        "accum", "bf16", "compile", "shard", "grid", "fid", "sd")   # flags that a method hands to its teacher
+MATCH = ("cond", "flow", "net", "ch", "mult", "blocks", "attn", "sd")  # what a teacher found under --out must share
 
 
 def get(args, data, run, needed=False):
@@ -209,6 +222,12 @@ def get(args, data, run, needed=False):
     if mine != theirs or its["classes"] != (data.classes if args.cond else 0):
         raise BadInput(f"the teacher {path} has (sd, channels, height, width) = {theirs} and {its['classes']} classes, "
                        f"this run {mine} and {data.classes if args.cond else 0}; name another --teacher or train one")
+    raw = getattr(net, "raw", "edm")                      # the flow that its raw network was made for
+    if hasattr(args, "flow"):
+        args.flow = raw
+    elif net.spec["flow"] != "edm":
+        raise BadInput(f"the teacher {path} is a TrigFlow model, from which only a method with --flow can start; "
+                       "name another --teacher or train one")
     net.folder = Path(path) if Path(path).is_dir() else None
     say(f"teacher: {path}")
     args.teacher = str(path)
@@ -230,14 +249,15 @@ def newest(args, data):
     for folder in reversed(numbered(args.out, f"teacher-{data.name}")):
         if (folder / "ckpt.pt").exists() or (folder / "ckpt.prev.pt").exists():
             old = config_of(folder)
-            if old["about"]["data_sha256"] == data.sha256 and all(old[k] == getattr(args, k) for k in MATCH):
+            same = all(old.get(k, "edm") == getattr(args, k, "edm") for k in MATCH)    # who has no `flow` means EDM's
+            if old["about"]["data_sha256"] == data.sha256 and same:
                 return str(folder)
 
 
 def train(args, run):
     """Train a teacher with the network and data of `args`; return its folder."""
     argv = []
-    for k in SAME:
+    for k in [k for k in SAME if hasattr(args, k)]:
         v, flag = getattr(args, k), k.replace("_", "-")
         if isinstance(v, bool):
             argv.append(f"--{flag}" if v else f"--no-{flag}")
@@ -263,9 +283,10 @@ RELEASED = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{}
 def released(args):
     """The address of EDM's own checkpoint for the data and network of `args`. Raises BadInput if there is none."""
     family = dict(ddpmpp="vp", ncsnpp="ve").get(args.net)
-    same = all(getattr(args, k) == getattr(Args, k) for k in ("ch", "mult", "blocks", "attn", "sd"))
+    same = all(getattr(args, k, "edm") == getattr(Args, k) for k in ("flow", "ch", "mult", "blocks", "attn", "sd"))
     if args.dataset != "cifar10" or not family or not same:
-        raise BadInput(f"no released teacher for {args.dataset} with this network; train one first: --teacher train")
+        raise BadInput(f"no released teacher for {args.dataset} with this network and flow; "
+                       "train one first: --teacher train")
     return RELEASED.format("cond" if args.cond else "uncond", family)
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.jvp import dual
+
 # Weights stay float32; each layer casts its own to the dtype of the activations. Unlike autocast this
 # also works under forward-mode differentiation, and it needs no list of exceptions.
 
@@ -89,17 +91,25 @@ def xavier(*shape):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v for q, k, v [B, heads, tokens, d]; the one place where attention happens."""
+    if dual(q, k, v):                             # the fused kernels have no forward mode
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def pnorm(x):
+    """x over the root mean square of its channels (dimension 1)."""
+    return x / (x.square().mean(1, keepdim=True) + 1e-8).sqrt()
 
 
 class UNetBlock(nn.Module):
     """Residual block, told the noise level by `emb`; with adm it is scaled, too, and its heads have 64 channels."""
-    def __init__(self, c_in, c_out, c_emb, dropout, up=False, down=False, attn=False, taps=(1, 1), adm=False):
+    def __init__(self, c_in, c_out, c_emb, dropout, up=False, down=False, attn=False, taps=(1, 1), adm=False,
+                 double=False):
         super().__init__()
-        self.dropout, self.adm, eps = dropout, adm, 1e-5 if adm else 1e-6
+        self.dropout, self.adm, self.double, eps = dropout, adm, double, 1e-5 if adm else 1e-6
         self.norm0 = GroupNorm(c_in, eps)
         self.conv0 = Conv2d(c_in, c_out, 3, up=up, down=down, taps=taps)
-        self.affine = Linear(c_emb, 2 * c_out if adm else c_out)
+        self.affine = Linear(c_emb, 2 * c_out if adm or double else c_out)
         self.norm1 = GroupNorm(c_out, eps)
         self.conv1 = Conv2d(c_out, c_out, 3, gain=1e-5)       # a block starts as (almost) its skip
         self.skip = None
@@ -122,9 +132,10 @@ class UNetBlock(nn.Module):
     def forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x)))
         p = self.affine(emb)[:, :, None, None]
-        if self.adm:
+        if self.adm or self.double:
             scale, shift = p.chunk(2, 1)
-            h = self.norm1(h) * (1 + scale) + shift
+            scale, shift = (pnorm(scale), pnorm(shift)) if self.double else (1 + scale, shift)
+            h = self.norm1(h) * scale + shift
         else:
             h = self.norm1(h + p)
         h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
@@ -144,12 +155,13 @@ class UNet(nn.Module):
 
     mult: width of each resolution as a multiple of ch, from full size down; blocks per resolution; attn: sizes with
     attention; classes: 0 for no label input; fourier: the scale of ncsnpp's random frequencies when it starts
-    untrained. A label of -1, or y=None, means "no label"."""
+    untrained; norm="double": scale and shift by the noise level are normalised, too (sCM, arXiv:2410.11081): however
+    they grow, their derivative in the noise level stays in proportion. A label of -1, or y=None, means "no label"."""
     def __init__(self, size, channels, ch=128, mult=(2, 2, 2), blocks=4, attn=(16,), classes=0, dropout=0.0,
-                 net="ddpmpp", fourier=16.0):
+                 net="ddpmpp", fourier=16.0, norm="single"):
         super().__init__()
         self.kwargs = dict(size=size, channels=channels, ch=ch, mult=tuple(mult), blocks=blocks, attn=tuple(attn),
-                           classes=classes, dropout=dropout, net=net, fourier=fourier)
+                           classes=classes, dropout=dropout, net=net, fourier=fourier, norm=norm)
         if size % 2 ** (len(mult) - 1):
             raise ValueError(f"images of {size} x {size} cannot be halved {len(mult) - 1} times; shorten --mult")
         self.net, self.ch, self.classes, c_emb = net, ch, classes, 4 * ch
@@ -163,7 +175,7 @@ class UNet(nn.Module):
         self.map_layer0, self.map_layer1 = Linear(c_noise, c_emb), Linear(c_emb, c_emb)
 
         def block(c_in, c_out, **kw):
-            return UNetBlock(c_in, c_out, c_emb, dropout, taps=taps, adm=adm, **kw)
+            return UNetBlock(c_in, c_out, c_emb, dropout, taps=taps, adm=adm, double=norm == "double", **kw)
 
         self.enc, widths, aux = nn.ModuleDict(), [], channels  # widths: of the outputs kept for the decoder
         c = ch * mult[0] if adm else ch
@@ -199,6 +211,10 @@ class UNet(nn.Module):
         else:
             self.dec[f"{r}x{r}_aux_norm"] = GroupNorm(c)
             self.dec[f"{r}x{r}_aux_conv"] = Conv2d(c, channels, 3, gain=1e-5)
+        for m in self.modules() if norm == "double" else ():  # start from a fixed scale of 1 and a fixed random ..
+            if isinstance(m, UNetBlock):          # .. shift: near 0 the normalised ones would jump with the noise level
+                nn.init.ones_(m.affine.bias.chunk(2)[0])
+                nn.init.normal_(m.affine.bias.chunk(2)[1])
 
     def start_as_adm(self):
         """ADM's own initialisation: uniform up to 1/sqrt(fan_in), also the biases; zero what ends a block."""

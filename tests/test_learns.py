@@ -35,6 +35,16 @@ def test_digits_become_digits(train, monkeypatch):
 
 
 @pytest.mark.slow
+def test_digits_become_digits_by_the_derivative(train, monkeypatch):
+    """The same for sCM, distilling a short TrigFlow teacher."""
+    monkeypatch.setattr(run_module, "FD_IMAGES", 1797)
+    metrics, _ = train("scm", "--teacher", "train", "--teacher-iters", "400", "--mode", "scd", "--lr", "5e-4", "--H", "50",
+                       "--iters", "120", "--save-every", "120", tiny=["--device", "cpu", "--log-every", "40"])
+    assert metrics["fd_pixels_teacher"] < 1.0 and metrics["fd_pixels_2step"] < 1.5
+    assert metrics["fd_pixels_1step"] < 4.0
+
+
+@pytest.mark.slow
 def test_compiled_calls_share_the_dropout_mask():
     net, x0 = noisy_net(), torch.rand(4, 3, 16, 16) * 2 - 1
     net.compile()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common import teacher
-from common.precond import EDM, build
+from common.precond import EDM, TrigFlow, build, rf_from_trig, trig, trig_from_rf
 from common.unet import UNet
 
 LEVELS = torch.tensor([0.003, 0.1, 0.821, 3, 80], dtype=torch.float64).view(-1, 1, 1, 1)
@@ -86,6 +86,110 @@ def test_build_makes_the_network_that_spec_describes():
     assert torch.equal(net(x, t, y), again(x, t, y))
 
 
+# ---- TrigFlow ------------------------------------------------------------------------------------
+class Curved(torch.nn.Module):
+    """A raw network that depends on everything."""
+    kwargs = dict(net="none")
+
+    def forward(self, x, c_noise, y=None):
+        self.x, self.c_noise = x, c_noise
+        c = c_noise.view(-1, 1, 1, 1)
+        return (x * (1 + c)).sin() + 0.3 * c.cos() + (0 if y is None else y.view(-1, 1, 1, 1))
+
+
+def noisy(sd, n=5):
+    """x0, noise and LEVELS sigma, float64."""
+    torch.manual_seed(0)
+    return torch.randn(n, 1, 2, 2).double() * sd, torch.randn(n, 1, 2, 2).double(), LEVELS[:n]
+
+
+@pytest.mark.parametrize("sd", [0.5, 0.75, 1.0])
+def test_an_edm_network_is_a_trigflow_network_up_to_sign(sd):
+    """F = -F_edm at t = arctan(sigma / sd): same denoiser, same path. A lost sd in t, in c_noise or in x, or the other
+    sign, fails; so does a wrong factor between the two images."""
+    x0, eps, sigma = noisy(sd)
+    raw, y = Curved(), torch.arange(5) / 10
+    D = EDM(raw, sd, dtype=torch.float64)(x0 + sigma * eps, sigma, y)
+    inputs = raw.x, raw.c_noise
+    net, t = trig(EDM(raw, sd, dtype=torch.float64)), torch.atan(sigma / sd)
+    assert torch.allclose(net.denoise(x0 + sigma * eps, sigma, y), D, atol=1e-12)
+    x_t = t.cos() * x0 + t.sin() * sd * eps
+    assert torch.allclose(net(x_t, t, y), D, atol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip((raw.x, raw.c_noise), inputs))
+    velocity = sd * net.F(x_t, t, y)                      # d(cos t x_sigma) / dt, with EDM's own dx / dsigma
+    x_sigma, dsigma = x0 + sigma * eps, sd / t.cos() ** 2
+    slope = (x_sigma - D) / sigma
+    assert torch.allclose(velocity, -t.sin() * x_sigma + t.cos() * slope * dsigma, atol=1e-10)
+    assert trig(net) is net and not any(p.requires_grad for p in net.parameters())
+
+
+def test_trigflow_is_the_identity_at_zero_and_sees_its_own_time():
+    """f(x, 0) = x for any network; c_noise = t, x over sd; t comes flat."""
+    raw, x = Curved(), torch.randn(3, 1, 2, 2)
+    net, t = TrigFlow(raw, 0.7), torch.tensor([0.0, 0.3, 1.5]).view(3, 1, 1, 1)
+    f = net(x, t)
+    assert torch.equal(f[0], x[0]) and torch.equal(raw.c_noise, t.flatten()) and torch.allclose(raw.x, x / 0.7)
+    assert torch.allclose(f, t.cos() * x - t.sin() * 0.7 * raw(x / 0.7, t.flatten()))
+    assert torch.allclose(net.F(x, t), raw(x / 0.7, t.flatten()))
+
+
+def test_trigflow_network_sees_unit_variance_and_must_answer_with_it():
+    """At every t: z without sd, or a lost 1 / sd, breaks one of the two."""
+    for sd in (0.5, 0.75):
+        x0, z = sd * torch.randn(2, 4096, 1, 4, 4, dtype=torch.float64)
+        for s in (0.01, 0.8, 1.55):
+            t, raw = torch.full((4096, 1, 1, 1), s, dtype=torch.float64), Curved()
+            TrigFlow(raw, sd, dtype=torch.float64).F(t.cos() * x0 + t.sin() * z, t)
+            assert abs(raw.x.std() - 1) < 0.01 and abs(((t.cos() * z - t.sin() * x0) / sd).std() - 1) < 0.01
+
+
+@pytest.mark.parametrize("sd", [0.5, 1.0])
+def test_rectified_flow_is_trigflow_in_other_variables(sd):
+    """Against the denoisers: x0 = x - s v of rectified flow, f of TrigFlow; at s = 0, too; and back again."""
+    x0, eps, _ = noisy(sd)
+    s = torch.tensor([0, 0.01, 0.3, 0.9, 1]).double().view(-1, 1, 1, 1)
+    x, v = (1 - s) * x0 + s * eps, eps - x0 + 0.1 * torch.randn_like(x0)
+    t, x_t, F = trig_from_rf(s, x, v, sd)
+    assert torch.allclose(x_t, t.cos() * x0 + t.sin() * sd * eps, atol=1e-12)
+    assert torch.allclose(t.cos() * x_t - t.sin() * sd * F, x - s * v, atol=1e-12)
+    exact = trig_from_rf(s, x, eps - x0, sd)[2]           # of one pair of points: the velocity itself
+    assert torch.allclose(sd * exact, t.cos() * sd * eps - t.sin() * x0, atol=1e-12)
+    if sd == 1:
+        assert torch.allclose(F, ((t.cos() - t.sin()) * x_t + v) / (t.cos() + t.sin()), atol=1e-12)
+    for a, b in zip(rf_from_trig(t, x_t, F, sd), (s, x, v)):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("raw", ["trig", "edm"])
+def test_trigflow_is_rebuilt_from_its_spec(raw):
+    net = TrigFlow(UNet(16, 3, ch=16, mult=(1, 2), blocks=1, attn=(8,), classes=3, norm="double"), 0.7, raw)
+    torch.nn.init.normal_(net.head.weight)
+    again = build(net.spec)
+    again.load_state_dict(net.state_dict())
+    x, t, y = torch.randn(2, 3, 16, 16), torch.full((2, 1, 1, 1), 0.4), torch.tensor([0, 2])
+    assert torch.equal(net(x, t, y), again(x, t, y)) and torch.equal(net.weigh(t), again.weigh(t))
+
+
+def test_the_weight_starts_at_zero_and_can_follow_any_smooth_curve():
+    """w = 0 at the start, then least squares on a curve in t; a constant is among what it can be."""
+    net, t = TrigFlow(Curved(), dtype=torch.float64).double(), torch.linspace(0.01, 1.56, 100).double().view(-1, 1, 1, 1)
+    assert not net.weigh(t).any() and net.weigh(t).shape == (100,)
+    features = torch.stack([torch.autograd.grad(w, net.head.weight, retain_graph=True)[0].flatten() for w in net.weigh(t)])
+    for curve in (torch.ones(100).double(), (3 * t.flatten()).sin() - t.flatten() ** 2):
+        net.head.weight.data = torch.linalg.lstsq(features, curve[:, None], driver="gelsd").solution.T
+        assert torch.allclose(net.weigh(t), curve, atol=1e-3)
+
+
+def test_trigflow_computes_around_its_network_in_float32():
+    raw = Curved()
+    net = TrigFlow(raw, dtype=torch.bfloat16)
+    x, t = torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), 0.0123456)
+    out = net(x.double(), t.double())
+    assert out.dtype == torch.float32 and raw.x.dtype == torch.bfloat16 and raw.c_noise.dtype == torch.float32
+    assert float(raw.c_noise) == float(t)
+    assert TrigFlow(raw, dtype=torch.float64)(x, t).dtype == torch.float64
+
+
 # ---- the diffusion model -------------------------------------------------------------------------
 class Gauss(torch.nn.Module):
     """The exact denoiser of x0 ~ N(m, s^2): D(x; t) = m + s^2 / (s^2 + t^2) (x - m)."""
@@ -155,3 +259,38 @@ def test_heun_converges_with_second_order():
     exact = flow(80 * noise[0], 80.0, g)
     errors = [float((teacher.sample(g, noise, None, teacher.Args(steps=n)) - exact).abs().max()) for n in (20, 40, 80)]
     assert errors[2] < 1e-3 and 3.2 < errors[0] / errors[1] < 5 and 3.2 < errors[1] / errors[2] < 5
+
+
+# ---- the diffusion model in TrigFlow -------------------------------------------------------------
+class GaussTrig(torch.nn.Module):
+    """Gauss as TrigFlow: F from its denoiser."""
+    def __init__(self, sd, w=0.0):
+        super().__init__()
+        self.sd, self.D, self.w = sd, Gauss(), w
+
+    def F(self, x, t, y=None):
+        return (t.cos() * x - self.D(x / t.cos(), self.sd * t.tan())) / (self.sd * t.sin())
+
+    def weigh(self, t):
+        return self.w + 0 * t.flatten()
+
+    def denoise(self, x, sigma, y=None):
+        return self.D(x, sigma)
+
+
+def test_trigflow_loss_at_the_exact_velocity():
+    """sd F - v = -(D - x0) / sin t, so that E = s^2 t^2 / (s^2 + t^2) / sin^2 per pixel, e^w times that less w."""
+    torch.manual_seed(0)
+    args, sigma = teacher.Args(P_std=0.0, P_mean=math.log(0.9), sd=0.5, flow="trig"), 0.9
+    x0 = 0.3 + 0.6 * torch.randn(40_000, 1, 2, 2, dtype=torch.float64)
+    d = 0.36 * sigma**2 / (0.36 + sigma**2) / math.sin(math.atan(sigma / 0.5)) ** 2
+    for w in (0.0, 0.7):
+        loss, stats = teacher.loss_fn(GaussTrig(0.5, w), x0, None, args)
+        assert abs(float(loss) - (math.exp(w) * d - w)) < 0.01 and torch.allclose(stats["t"], torch.tensor(sigma))
+        assert stats["loss"].shape == (40_000,)
+
+
+def test_trigflow_models_are_sampled_in_edms_variables():
+    noise = torch.randn(1, 8, 1, 2, 2, dtype=torch.float64)
+    a, b = (teacher.sample(net, noise, None, teacher.Args()) for net in (Gauss(), GaussTrig(0.5)))
+    assert torch.equal(a, b)

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from conftest import ROOT, TINY, Net, equal, lines, weights
 
 import ect
+import scm
 from common import fid
 from common import run as runs
 from common import teacher as teachers
 from common.data import load
-from common.precond import EDM, backbone
+from common.precond import EDM, TrigFlow, backbone
 from common.run import Run, parse
 
 
@@ -73,7 +74,28 @@ def work(out):
     saw["stopped"] = train(out / "stopped", "--save-every", "100", at={1: stop})
     saw["shard stopped"] = train(out / "nan", "--shard", "--save-every", "100", "--max-skips", "1",
                                  at={1: spoil, 2: stop})
+    for kind, argv in (("plain", []), ("shard", ["--shard"])):
+        saw[f"{kind} derivative"] = derivative(data, out, *argv)
     torch.save(saw, out / f"{rank}.pt")
+
+
+def derivative(data, out, *argv):
+    """A loss with a forward derivative in it: its value, that of the tangent, and the mean gradients."""
+    args = parse(scm.Args, scm.PRESETS, [*TINY, "--teacher", "none", "--H", "0", "--out", str(out), *argv])
+    run = Run(args, scm.__file__)
+    run.seed(-1)
+    net = TrigFlow(backbone(args, data), args.sd)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    net = run.place(net)
+    run.step, it = [], 3
+    run.reset()
+    run.seed(it)
+    loss, stats = scm.loss_fn(net, None, *run.batch(data, it), it, args, lambda: run.seed(it, 0, stream=1))
+    loss.backward()
+    run.count(stats)
+    run.sync(torch.optim.SGD(net.parameters(), lr=0.1), it)
+    return loss.detach(), stats["tangent"].detach(), {k: runs.full(p.grad).clone() for k, p in net.named_parameters()}
 
 
 def caught(call):
@@ -269,3 +291,13 @@ def test_a_mistake_is_reported_once(both):
     (kind, code, err), (other, code_1, silence) = (saw["refusal"] for saw in both)
     assert (kind, code) == (other, code_1) == ("BadInput", "2") and silence == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and "2 x 1" in err
+
+
+def test_a_derivative_passes_through_sharded_weights(both):
+    """F and weigh are called beside forward: without their own hooks they would meet a half of each weight; and hooks
+    that lose the tangent would leave another loss."""
+    for saw in both:
+        (loss, tangent, grads), (loss_s, tangent_s, grads_s) = (saw[f"{kind} derivative"] for kind in ("plain", "shard"))
+        assert torch.allclose(loss, loss_s, rtol=1e-5) and torch.allclose(tangent, tangent_s, rtol=1e-5)
+        assert all((grads[k] - grads_s[k]).norm() <= 1e-4 * grads[k].norm() for k in grads)
+        assert grads["head.weight"].any() and grads["model.map_layer0.weight"].any()

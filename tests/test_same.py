@@ -13,6 +13,7 @@ from conftest import METHODS, ROOT
 BUDGET = dict(cd=290, ct=260, ict=260, ect=260, scm=290, rcm=340)
 HEADS = ["1. Arguments", "2. Schedules", "3. Loss", "4. Sampling", "5. Training"]
 NAMES = {"paper", "fast", "small", "digits", "mnist", "fashion_mnist", "cifar10", "folder"}      # of presets
+MODES = {"scd"}                                           # .. and of modes with one
 text = lambda name: (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
 each_method = pytest.mark.parametrize("method", METHODS)
 
@@ -125,7 +126,7 @@ def test_flags_and_presets_fit_the_arguments(name):
     """A misspelt key or preset is silently ignored or fails only on the machine that needs it."""
     module = importlib.import_module(name)
     fields = {f.name: f.default for f in dataclasses.fields(module.Args)}
-    assert {"paper", "small", "digits"} <= set(module.PRESETS) <= NAMES
+    assert {"paper", "small", "digits"} <= set(module.PRESETS) <= NAMES | MODES
     for preset, values in module.PRESETS.items():
         values = dict(values)
         assert isinstance(values.pop("cost", ""), str)

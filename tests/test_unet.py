@@ -253,6 +253,42 @@ def test_bfloat16_and_channels_last_change_little(family):
     assert half.dtype == torch.bfloat16 and (half - a).norm() < 0.05 * a.norm()
 
 
+# ---- adaptive double normalisation ---------------------------------------------------------------
+@families
+def test_double_normalisation_is_its_formula(family):
+    """norm(h) * pnorm(s) + pnorm(b), in the place of + p or * (1 + s) + b, and nothing else: no 1 +, each part over its
+    own channels, s first."""
+    net = random_net(**FAMILIES[family], norm="double")
+    block = next(m for m in net.modules() if isinstance(m, unet.UNetBlock))
+    seen = {}
+    block.norm1.register_forward_hook(lambda m, a, out: seen.update(norm1=out))
+    block.affine.register_forward_hook(lambda m, a, out: seen.update(affine=out))
+    block.conv1.register_forward_pre_hook(lambda m, a: seen.update(h=a[0]))
+    block.conv0.register_forward_hook(lambda m, a, out: seen.update(conv0=out))
+    block.norm1.register_forward_pre_hook(lambda m, a: seen.update(into=a[0]))
+    net(*inputs(net))
+    s, b = (v / v.square().mean(1, keepdim=True).sqrt() for v in seen["affine"].chunk(2, 1))
+    h = torch.nn.functional.silu(seen["norm1"] * s[:, :, None, None] + b[:, :, None, None])
+    assert torch.allclose(seen["h"], h, atol=1e-6) and torch.equal(seen["into"], seen["conv0"])
+    assert agree(random_net(**FAMILIES[family])) < 1e-12                  # and without it nothing has changed
+
+
+@families
+def test_double_normalisation_is_bounded_and_starts_smooth(family):
+    """However far the layer above grows; at the start neither part turns fast with the noise level."""
+    torch.manual_seed(0)
+    net = UNet(**dict(size=8, channels=1, ch=32, mult=(1, 2), blocks=1, attn=(4,)) | FAMILIES[family], norm="double")
+    layer = next(m for m in net.modules() if isinstance(m, unet.UNetBlock)).affine
+    emb = net.embed(torch.linspace(0, 1.57, 200), None)
+    for part in layer(emb).chunk(2, 1):
+        p, grown = unet.pnorm(part), unet.pnorm(100 * part)
+        assert torch.allclose(p.square().mean(1), torch.ones(200), atol=1e-4) and torch.allclose(p, grown, atol=1e-3)
+        assert (p.diff(dim=0) / (1.57 / 199)).square().mean().sqrt() < 1.5
+    assert abs(layer(emb).chunk(2, 1)[0].mean() - 1) < 0.3
+    assert net(torch.randn(2, 1, 8, 8), torch.zeros(2)).abs().max() < 1e-3
+    assert UNet(**net.kwargs).kwargs["norm"] == "double"
+
+
 def test_attention_is_softmax_of_scaled_products():
     q, k, v = torch.randn(3, 2, 1, 5, 4, dtype=torch.float64)
     w = (torch.einsum("bhid,bhjd->bhij", q, k) / 2).softmax(-1)

@@ -1,0 +1,65 @@
+"""The derivative of a network along a direction of its inputs, in a pass of its own. Needs torch alone."""
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from torch.autograd import forward_ad
+
+precise = False                                           # while a derivative is taken: float32, whatever --bf16 says
+
+
+def dual(*tensors):
+    """True if one of them carries a tangent. What is compiled never does: see `exactly`."""
+    return not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+@contextmanager
+def exactly():
+    """Without TF32 and bfloat16, whose rounding errors a derivative magnifies, and without compiled code, which knows
+    no tangents; a compiled module would also stay uncompiled ever after."""
+    global precise
+    precise, matmul, conv = True, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = conv
+        precise = False
+
+
+@torch.no_grad()
+def jvp(fn, primals, tangents, exact=True):
+    """fn(*primals) and d/ds fn(primals + s * tangents) at s = 0, as torch.func.jvp, but without a graph, which would
+    cost several times the memory, and through FSDP2. exact=False: a central difference, for what has no forward mode;
+    fn is called twice then and must draw the same random numbers in both calls."""
+    tangents = [v.to(x.dtype) for x, v in zip(primals, tangents)]         # else mixed dtypes pass without an error
+    with exactly():
+        if not exact:
+            h = torch.finfo(primals[0].dtype).eps ** (1 / 3)              # truncation = rounding
+            hi, lo = (fn(*(x + s * v for x, v in zip(primals, tangents))) for s in (h, -h))
+            return (hi + lo) / 2, (hi - lo) / (2 * h)
+        with forward_ad.dual_level():
+            out = forward_ad.unpack_dual(fn(*map(forward_ad.make_dual, primals, tangents)))
+    if out.tangent is None:
+        raise RuntimeError("the derivative was lost on its way through the network; see common/jvp.py, probe")
+    return out.primal, out.tangent
+
+
+def probe(F, shape, device, tolerance=0.02):
+    """Compare the derivatives of a module's method F(x, t) in x [2, *shape] and in t with central differences, once, on
+    perturbed weights: where the last layer is zero, a lost tangent (detach, a custom operator, a collective) looks
+    like a true one. Raises RuntimeError."""
+    net = deepcopy(F.__self__).to(device).eval()
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    F, x = getattr(net, F.__name__), torch.randn(2, *shape, device=device)
+    t = 0.3 + torch.rand(2, 1, 1, 1, device=device)
+    for name, v in dict(x=(torch.randn_like(x), 0 * t), t=(0 * x, torch.ones_like(t))).items():
+        (_, d), (_, fd) = (jvp(F, (x, t), v, exact) for exact in (True, False))
+        error = float((d - fd).norm() / fd.norm())
+        if not error < tolerance:
+            raise RuntimeError(f"the derivative of this network in {name} is off by {error:.0%}: an operation in it "
+                               "loses the tangent or has a wrong forward mode; --jvp fd works without")

@@ -39,7 +39,7 @@ from common import teacher as teachers
 from common.data import load
 from common.jvp import jvp, probe
 from common.precond import TrigFlow, backbone, trig
-from common.run import Run, parse
+from common.run import Run, parse, say
 
 
 # ==== 1. Arguments ================================================================================
@@ -190,6 +190,7 @@ def main(args):
 
     it = run.start(state, data)                           # a new folder, or where it stopped
     teachers.show(teacher, run, data)                     # *
+    say(f"  t_mid     {args.t_mid:g}: noise level {args.sd * math.tan(args.t_mid):.3g}")  # *
     teacher = trig(teacher) if args.mode == "scd" else None  # its F, whatever its own flow  # *
     while it < args.iters:
         for part in range(args.accum):

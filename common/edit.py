@@ -1,6 +1,6 @@
 """Any noise levels, and what a consistency model does without training (CM, arXiv:2303.01469, Algorithms 1 and 4).
 
-Networks are called net(x, t, y); only `noised` knows what t means. Images are [B,C,H,W] in [-1, 1]."""
+t is the standard deviation of the noise, also for networks with another time. Images are [B,C,H,W] in [-1, 1]."""
 import math
 from pathlib import Path
 
@@ -24,8 +24,9 @@ def noised(net, x, t, z):
 def multistep(net, noise, y, ts, x=0.0, keep=lambda x: x):
     """Algorithm 1: noise is added to x, and removed, for each level of `ts` and slice of noise [K,B,C,H,W].
     Algorithm 4 is the same, from an image instead of 0, and `keep` restores what is known after each step."""
+    f = getattr(net, "denoise", net)                      # TrigFlow's f as a function of the noise level
     for t, z in zip(torch.tensor(ts, dtype=noise.dtype, device=noise.device), noise, strict=True):
-        x = keep(net(noised(net, x, t, z), t.expand(len(z), 1, 1, 1), y))
+        x = keep(f(noised(net, x, t, z), t.expand(len(z), 1, 1, 1), y))
     return x
 
 

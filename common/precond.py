@@ -45,6 +45,8 @@ class TrigFlow(nn.Module):
     "edm", F(x, t) = -model(x/sd, ln(sd tan t)/4), exactly the same diffusion model. `weigh` is the adaptive weight
     w_phi(t) of losses e^w d - w, which learns w = -ln E[d]. F computes in `dtype`, everything around it in float32
     (float64 if dtype is float64), and all of it if a derivative is taken."""
+    t_min = 0.0                                           # f(x, t_min) = x
+
     def __init__(self, model, sd=0.5, raw="trig", dtype=torch.float32):
         super().__init__()
         self.model, self.sd, self.raw, self.dtype = model, sd, raw, dtype
@@ -72,7 +74,7 @@ class TrigFlow(nn.Module):
         return t.cos() * x - t.sin() * self.sd * self.F(x, t, y)
 
     def denoise(self, x, sigma, y=None):
-        """EDM's D(x; sigma), of x = x0 + sigma eps, if this is a diffusion model."""
+        """f as a function of x = x0 + sigma eps and sigma; of a diffusion model EDM's D(x; sigma)."""
         t = torch.atan(sigma / self.sd)
         return self(t.cos() * x, t, y)
 

@@ -32,7 +32,8 @@ def flags(argv=None):
     ap.add_argument("run", help="run folder, or a checkpoint in one")
     ap.add_argument("--steps", type=int, help="sampling steps [those of the run]")
     ap.add_argument("--t-mid", "--t_mid", type=float, help="middle noise level [that of the run]")
-    ap.add_argument("--ts", type=numbers, metavar="T,T,..", help="all noise levels, descending, one step each")
+    ap.add_argument("--ts", type=numbers, metavar="T,T,..",
+                    help="all noise levels (standard deviations), descending, one step each")
     ap.add_argument("--find-ts", "--find_ts", action="store_true", help="search the second level of two by FD (pixels)")
     ap.add_argument("--fid", action="store_true", help="search by FID instead; --n 10000 or more")
     ap.add_argument("--edit", choices=[*EDITS, "interpolate"], help="images, or blend pairs of noise (interpolate); "
@@ -62,6 +63,11 @@ def flags(argv=None):
     return a
 
 
+def highest(args):
+    """The noise level at which the run's sampling begins."""
+    return args.t_max if hasattr(args, "t_max") else args.sigma_max
+
+
 def levels(a, args, net):
     """The noise levels of --ts, --sigma or --edit, descending; None: the method's own. Raises BadInput."""
     sigma = dict(stroke=1.0, denoise=0.5).get(a.edit) if a.sigma is None else a.sigma
@@ -69,9 +75,9 @@ def levels(a, args, net):
     if ts is None and sigma is not None:                 # stroke: two levels in the paper's ratio
         ts = (sigma, sigma * 2.24 / 5.38) if a.edit == "stroke" else (sigma,)
     elif ts is None:                                     # the last level is the boundary, where f is the identity
-        return edit.karras(args.t_max, max(net.t_min, 0.002))[:-1] if a.edit in EDITS else None
-    if not ts or not ts[0] <= args.t_max or not all(t > r for t, r in zip(ts, (*ts[1:], net.t_min))):
-        raise BadInput(f"--ts and --sigma: noise levels descend, from {args.t_max:g} or less, and end above "
+        return edit.karras(highest(args), max(net.t_min, 0.002))[:-1] if a.edit in EDITS else None
+    if not ts or not ts[0] <= highest(args) or not all(t > r for t, r in zip(ts, (*ts[1:], net.t_min))):
+        raise BadInput(f"--ts and --sigma: noise levels descend, from {highest(args):g} or less, and end above "
                        f"{net.t_min:g}")
     return ts
 
@@ -176,7 +182,7 @@ def main(argv=None):
         if a.fid:
             data = load(args.dataset, args.data_dir, args.size, device)
             name, score = f"FID ({fid.MODE})", lambda images: fid.fid(data, images, args.data_dir)
-        return find(name, score, a.run, net, args.t_max, draw, noise)
+        return find(name, score, a.run, net, highest(args), draw, noise)
     if a.edit in EDITS:
         seen, images = draw(edited).unbind(1)
         sheet = torch.cat([real[:n], seen, images])

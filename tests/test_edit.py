@@ -15,7 +15,8 @@ import ect
 from common import edit, fid, sample
 from common.data import load
 from common.fid import fd_pixels
-from common.precond import EDM, backbone
+from common.precond import EDM, TrigFlow, backbone
+from common.unet import UNet
 
 W = [.2989, .5870, .1140]
 
@@ -51,6 +52,27 @@ def test_multistep_keeps_the_distribution(ts, t_min):
     x = edit.multistep(net, units(len(ts))[:, -1:], None, ts, net.m + std) - mean
     assert mean.item() == pytest.approx(net.m, abs=1e-12)
     assert ((noise**2).sum() + x**2).item() == pytest.approx(std**2, abs=1e-12) and (noise > 0).all()
+
+
+def test_levels_are_standard_deviations_for_trigflow_too():
+    """Its times taken for levels, or x not scaled: the method's own sampler goes through the same points."""
+    import scm
+    torch.manual_seed(0)
+    net = TrigFlow(UNet(8, 1, 16, (1,), 1, (4,)), 0.75)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    noise, args = torch.randn(2, 3, 1, 8, 8), SimpleNamespace(sigma_max=80.0, t_mid=1.1, sd=0.75)
+    own = scm.sample(net, noise, None, args)
+    ts = [80.0, 0.75 * math.tan(1.1)]
+    assert torch.allclose(edit.multistep(net, noise, None, ts).clamp(-1, 1), own, atol=1e-3) and own.std() > 0.1
+
+
+def test_edits_and_search_of_a_trigflow_run(train, tmp_path, monkeypatch):
+    """It has no t_max, and no t_min among its arguments."""
+    _, run = train("scm", "--iters", "1")
+    sample.main([str(run), "--edit", "inpaint", "--n", "2", "--out", str(tmp_path / "x.png")])
+    monkeypatch.setattr(edit, "search", lambda score, lo, hi: score(1.0) and 1.0)
+    assert sample.main([str(run), "--find-ts", "--n", "16"]) == 1.0
 
 
 def test_multistep_starts_from_nothing():

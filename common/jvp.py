@@ -51,12 +51,14 @@ def jvp(fn, primals, tangents, exact=True):
 def probe(F, shape, device, tolerance=0.02):
     """Compare the derivatives of a module's method F(x, t) in x [2, *shape] and in t with central differences, once, on
     perturbed weights: where the last layer is zero, a lost tangent (detach, a custom operator, a collective) looks
-    like a true one. Raises RuntimeError."""
-    net = deepcopy(F.__self__).to(device).eval()
+    like a true one. In float64, or the difference of a steep embedding would be the worse of the two. RuntimeError."""
+    device = torch.device("cpu" if torch.device(device).type == "mps" else device)       # mps has no float64
+    net = deepcopy(F.__self__).to(device, torch.float64).eval()
+    net.dtype = torch.float64
     for p in net.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    F, x = getattr(net, F.__name__), torch.randn(2, *shape, device=device)
-    t = 0.3 + torch.rand(2, 1, 1, 1, device=device)
+    F, wide = getattr(net, F.__name__), dict(device=device, dtype=torch.float64)
+    x, t = torch.randn(2, *shape, **wide), 0.3 + torch.rand(2, 1, 1, 1, **wide)
     for name, v in dict(x=(torch.randn_like(x), 0 * t), t=(0 * x, torch.ones_like(t))).items():
         (_, d), (_, fd) = (jvp(F, (x, t), v, exact) for exact in (True, False))
         error = float((d - fd).norm() / fd.norm())

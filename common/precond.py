@@ -40,7 +40,7 @@ class EDM(nn.Module):
 class TrigFlow(nn.Module):
     """f(x, t) = cos(t) x - sin(t) sd F(x, t)   (TrigFlow, sCM, arXiv:2410.11081), with f(x, 0) = x for any F.
 
-    x = cos(t) x0 + sin(t) z with z ~ N(0, sd^2), t in [0, pi/2), [B,1,1,1]: arctan(sigma/sd) for EDM's sigma.
+    x = cos(t) x0 + sin(t) z with z ~ N(0, sd^2), t in (0, pi/2), [B,1,1,1]: arctan(sigma/sd) for EDM's sigma.
     sd F is the velocity dx/dt. `raw` says for which flow the raw network was made: "trig", F(x, t) = model(x/sd, t), or
     "edm", F(x, t) = -model(x/sd, ln(sd tan t)/4), exactly the same diffusion model. `weigh` is the adaptive weight
     w_phi(t) of losses e^w d - w, which learns w = -ln E[d]. F computes in `dtype`, everything around it in float32

@@ -90,7 +90,7 @@ def parse(cls, presets, argv=None):
             cuda = given.get("device", args.device) in ("auto", "cuda") and torch.cuda.is_available()
             preset = "small" if not cuda else "fast" if "fast" in presets else "paper"
         if preset not in presets:
-            raise BadInput(f"there is no --preset {preset} here; take one of {', '.join(presets)}")
+            raise BadInput(f"there is no --preset {preset} here; take one of {', '.join(p for p in ('small', 'fast', 'paper') if p in presets)}")
         data = presets.get(dataset if dataset in DATASETS else "folder", {})
         chosen, why = presets[preset] | data | dict(preset=preset), preset
     chosen = dict(chosen) | presets.get(given.get("mode"), {})
@@ -284,7 +284,7 @@ class Run:
         self.signum = signum
         for s in self.before if self.world == 1 else ():        # the second one leaves at once; torchrun sends two
             signal.signal(s, signal.SIG_DFL)                    # together, and kills what is left after half a minute
-        if self.evaluating:                                     # everything is saved by then
+        if self.evaluating:                                     # what was learned is saved by then
             self.close()
             raise SystemExit(128 + signum)
 
@@ -440,11 +440,11 @@ class Run:
         self.evaluating, n, many = True, min(len(data.images), FD_IMAGES), a.fid if self.fid_due(it) else 0
         g = torch.Generator().manual_seed(0)
         real = data.images[torch.randperm(len(data.images), generator=g)[:n].to(self.device)]
-        for k in [steps] if steps else sorted({1, a.steps}):
+        whole = getattr(a, "boundaries", 1) == 1                # else one step jumps to the end of a segment
+        for k in [steps] if steps else sorted({1, a.steps}) if whole else [a.steps]:
             began = time.time()
             fake = self.generate(data, max(n, a.grid, many), 1 if net == "teacher" else k, draw)
-            renoised = k > 1 and net != "teacher" and getattr(a, "boundaries", 1) == 1
-            t_mid = getattr(a, "t_mid", None) if renoised else None
+            t_mid = getattr(a, "t_mid", None) if k > 1 and net != "teacher" and whole else None
 
             def note(metric, value, n, mode):
                 self.append("eval.jsonl", dict(it=it, metric=metric, value=round(value, 4), n=n, net=net, steps=k,
@@ -466,7 +466,7 @@ class Run:
             grid = folder / "samples" / f"{line['it']:07d}_teacher.png"
             if self.rank == 0 and grid.exists():
                 shutil.copy(grid, self.dir / "samples" / "0000000_teacher.png")
-        return self.args.fid in (0, last.get("fid", {}).get("n"))
+        return "fd_pixels" in last and self.args.fid in (0, last.get("fid", {}).get("n"))
 
     def finish(self, it, data, draw, **how):
         """Evaluate once more if the last step was not, print the table, return {"fd_pixels_2step": value, ..}."""
@@ -479,6 +479,8 @@ class Run:
         last = {(s["metric"], name(s)): s for s in figures(self.dir) if s["it"] in (0, it)}     # the last one wins
         rows = [last[m, k] for m in ("fd_pixels", "fid")
                 for k in dict.fromkeys(["teacher", "1step", f"{self.args.steps}step"]) if (m, k) in last]
+        counts = {s["metric"]: s["n"] for s in rows}            # the run's own: figures of other numbers do not compare
+        rows = [s for s in rows if s["n"] == counts[s["metric"]]]
         for i, s in enumerate(rows):
             if not i or s["metric"] != rows[i - 1]["metric"]:
                 title = "FD (pixels)" if s["metric"] == "fd_pixels" else f"FID ({s['mode']})"

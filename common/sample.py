@@ -31,7 +31,7 @@ def flags(argv=None):
     ap = Parser(prog="python -m common.sample", allow_abbrev=False, description=__doc__.split("\n\n")[1])
     ap.add_argument("run", help="run folder, or a checkpoint in one")
     ap.add_argument("--steps", type=int, help="sampling steps [those of the run]")
-    ap.add_argument("--t-mid", "--t_mid", type=float, help="middle noise level [that of the run]")
+    ap.add_argument("--t-mid", "--t_mid", type=float, help="the run's --t-mid, in its own time [that of the run]")
     ap.add_argument("--ts", type=numbers, metavar="T,T,..",
                     help="all noise levels (standard deviations), descending, one step each")
     ap.add_argument("--find-ts", "--find_ts", action="store_true", help="search the second level of two by FD (pixels)")
@@ -126,6 +126,10 @@ def run_of(a):
         args.t_mid = a.t_mid
     if name == "common.teacher" and (a.ts or a.find_ts or a.edit):
         raise BadInput("--ts, --find-ts and --edit are for consistency models; this run is a diffusion model")
+    K = getattr(args, "boundaries", 1)
+    if K > 1 and (a.ts or a.find_ts or a.edit or a.t_mid is not None or args.steps != K):
+        raise BadInput(f"this run jumps from edge to edge of its {K} segments; leave out --ts, --find-ts, --edit, "
+                       "--t-mid and --steps")
     if args.steps < 1 or a.batch < 1 or a.n is not None and a.n < 1:
         raise BadInput("--steps, --n and --batch must be at least 1")
     return method, args, config

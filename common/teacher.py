@@ -38,7 +38,7 @@ class Args:
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/teacher-<dataset>-<nnn> is created here
     resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small on a CPU, else fast
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # small on a CPU, else fast, paper
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
@@ -176,7 +176,8 @@ def main(args):
 def load(path, device="cpu"):
     """The averaged network of a run folder or checkpoint of ours, of any method, or of a released EDM .pkl, frozen:
     net(x, t, y) -> float32 [B,C,H,W], D(x; t) of a diffusion model, f(x, t) of a consistency model; x [B,C,H,W],
-    t [B,1,1,1] the noise's standard deviation, y int64 [B] or None. Raises BadInput."""
+    t [B,1,1,1] the noise's standard deviation, of a TrigFlow network the time in radians, y int64 [B] or None.
+    Raises BadInput."""
     try:
         if str(path).endswith(".pkl"):
             spec, weights = read_released(path)
@@ -228,17 +229,28 @@ def get(args, data, run, needed=False):
     elif net.spec["flow"] != "edm":
         raise BadInput(f"the teacher {path} is a TrigFlow model, from which only a method with --flow can start; "
                        "name another --teacher or train one")
-    net.folder = Path(path) if Path(path).is_dir() else None
+    net.folder, net.diffuses = Path(path) if Path(path).is_dir() else None, is_diffusion(net, Path(path))
+    if needed and not net.diffuses:
+        raise BadInput(f"the teacher {path} is a consistency model, whose steps are no ODE; name a diffusion model")
     say(f"teacher: {path}")
-    args.teacher = str(path)
+    args.teacher = str(Path(path).resolve())              # a resumed run may start from another folder
     for k in ("net", "ch", "mult", "blocks", "attn"):
         setattr(args, k, its[k])
     return net
 
 
+def is_diffusion(net, path):
+    """Is this network a denoiser D, not the f of a consistency model? Their weights look the same."""
+    folder = path if path.is_dir() else path.parent
+    script = config_of(folder)["about"]["script"] if (folder / "config.json").exists() else ""
+    return script in ("", "common.teacher") and net.t_min == 0
+
+
 def show(teacher, run, data):
     """The teacher's figures and grid beside the run's own: those of its folder, or measured now."""
-    if teacher is None or run.args.resume or teacher.folder and run.adopt(teacher.folder):     # resumed: they are there
+    if teacher is None or not teacher.diffuses or run.args.resume:              # resumed: they are there
+        return
+    if teacher.folder and run.adopt(teacher.folder):
         return
     draw = lambda noise, y: sample(teacher, noise, y, Args())
     run.evaluate(0, data, draw, net="teacher", steps=Args.steps)

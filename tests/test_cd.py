@@ -227,6 +227,39 @@ def test_a_guided_run_with_segments_trains_and_is_sampled(train, guide, tmp_path
     _, run = train("cd", "--teacher", guide("--cond"), "--cond", "--guidance", "1.5", "--boundaries", "4")
     config, figures = json.loads((run / "config.json").read_text()), lines(run / "eval.jsonl")
     assert (config["N"], config["steps"]) == (21, 4)
-    assert {(s["steps"], s["t_mid"]) for s in figures if s["net"] == "ema"} == {(1, None), (4, None)}
+    assert {(s["steps"], s["t_mid"]) for s in figures if s["net"] == "ema"} == {(4, None)}, "one step would jump to an edge"
     images, labels = sample.main([str(run), "--n", "4", "--classes", "3,5", "--out", str(tmp_path / "x.png"), "--device", "cpu"])
     assert images.shape == (4, 1, 8, 8) and labels.tolist() == [3, 5, 3, 5]
+
+
+def test_a_consistency_model_is_no_teacher(train, tmp_path, capsys):
+    """Its f(x, t) taken for a denoiser: another ODE, distilled without a word; its teacher's figure taken for its own."""
+    _, teacher = train("common.teacher", "--iters", "1")
+    _, first = train("ect", "--teacher", str(teacher), "--iters", "1")
+    for path in (first, first / "ckpt.pt"):
+        with pytest.raises(SystemExit) as e:
+            train("cd", "--teacher", str(path), "--iters", "1")
+        assert e.value.code == 2 and "consistency model" in capsys.readouterr().err
+    metrics, run = train("ect", "--teacher", str(first), "--iters", "1")
+    assert "fd_pixels_teacher" not in metrics and not list(run.glob("samples/*teacher*"))
+
+
+def test_a_teacher_without_figures_is_measured(train):
+    """Stopped in its last evaluation: finished, but nothing to show."""
+    _, teacher = train("common.teacher", "--iters", "1")
+    (teacher / "eval.jsonl").unlink()
+    metrics, _ = train("cd", "--teacher", str(teacher), "--iters", "1")
+    assert "fd_pixels_teacher" in metrics
+
+
+def test_a_run_of_segments_is_sampled_in_its_own_steps(train, tmp_path, capsys):
+    """f of a segment taken for the whole map: --ts, --edit and other numbers of steps draw garbage."""
+    _, teacher = train("common.teacher", "--iters", "1")
+    metrics, run = train("cd", "--teacher", str(teacher), "--boundaries", "2", "--iters", "1")
+    assert "fd_pixels_2step" in metrics and "fd_pixels_1step" not in metrics
+    from common import sample
+    for argv in (["--ts", "80,1"], ["--edit", "inpaint"], ["--find-ts"], ["--steps", "3"], ["--t-mid", "0.5"]):
+        with pytest.raises(SystemExit) as e:
+            sample.main([str(run), *argv])
+        assert e.value.code == 2 and "segments" in capsys.readouterr().err
+    sample.main([str(run), "--steps", "2", "--n", "2", "--out", str(tmp_path / "x.png")])

@@ -211,6 +211,7 @@ def test_a_run_measures_fid(net, train, few, capsys):
     assert theirs == [20], "measured once, where it was trained"
 
     metrics, _ = train("ect", "--resume", str(run), "--fid", "30")
+    assert "fid_teacher" not in metrics and "FID (legacy_tensorflow) of 30 images" in capsys.readouterr().out
     assert [s["n"] for s in lines(run / "eval.jsonl") if s["metric"] == "fid"][-2:] == [30, 30]
     metrics, _ = train("ect", "--resume", str(run), "--fid", "0", "--iters", "5")
     assert metrics.keys() >= {"fd_pixels_1step"} and "fid_1step" not in metrics, "that of an earlier step"

@@ -153,13 +153,20 @@ def test_probe_finds_what_zero_weights_hide(lost, words):
 @pytest.mark.parametrize("kw", ALL, ids=lambda kw: f"{kw.get('net', 'ddpmpp')}-{kw['norm']}")
 @pytest.mark.parametrize("raw", ["trig", "edm"])
 def test_probe_accepts_our_networks_and_leaves_them_alone(kw, raw):
-    """float32 differences of a deep network are close enough to the derivative; the weights are not touched."""
+    """Whatever the network computes in; the weights are not touched."""
     torch.manual_seed(0)
     net = TrigFlow(UNet(**dict(size=8, channels=1, ch=16, mult=(1, 2), blocks=1, attn=(4,), dropout=0.5) | kw), 0.75, raw)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     for net.dtype in (torch.float32, torch.bfloat16):
         probe(net.F, (1, 8, 8), "cpu")
     assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_probe_accepts_steep_embeddings():
+    """Fourier features of scale 16, as in EDM's NCSN++: a float32 difference is off by half, not the derivative."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        probe(TrigFlow(UNet(8, 1, 32, (1, 2), 1, (4,), net="ncsnpp"), 0.75, "edm").F, (1, 8, 8), "cpu")
 
 
 @pytest.mark.slow

@@ -81,7 +81,12 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        w, b = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if not dual(x):
+            return F.group_norm(x, self.groups, w, b, self.eps)
+        # torch 2.11's derivative of group_norm refuses channels_last; the layout is restored, as dropout masks follow it
+        layout = torch.channels_last if x.is_cpu and not x.is_contiguous() else torch.contiguous_format
+        return F.group_norm(x.contiguous(), self.groups, w, b, self.eps).contiguous(memory_format=layout)
 
 
 def xavier(*shape):

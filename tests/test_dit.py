@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from bench import obvious
 from conftest import weights
 from PIL import Image
+from test_unet import inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import dit, teacher
@@ -23,12 +24,6 @@ def random_net(**kw):
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)                 # the initialisation hides all of the network
     return net.double().eval()
-
-
-def inputs(net, n=3):
-    k = net.kwargs
-    x = torch.randn(n, k["channels"], k["size"], k["size"], dtype=torch.float64)
-    return x, torch.linspace(-1.5, 1.1, n, dtype=torch.float64), torch.arange(n) % 10
 
 
 @pytest.mark.parametrize("kw", [dict(), dict(channels=1, ch=24, blocks=1, classes=0), dict(size=12, patch=3, ch=8),

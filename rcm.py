@@ -1,0 +1,345 @@
+"""
+rcm.py: Score-regularised consistency models.    Zheng et al. 2025, arXiv:2510.08431.
+
+Idea    sCM covers what the teacher can make, but blurs it in one step. To compare scores on the
+        student's own images (DMD) sharpens, but forgets modes. Take both, the second with a small
+        weight. The score of the student's images is that of a third network, fake, which learns it.
+
+One training step of the student: each of the first H, then one in F               [Algorithm 1]
+    t       =  arctan(e^tau / sd),  tau ~ N(P_mean, P_std^2)
+    x_t     =  cos(t)*x0 + sin(t)*z,   z = sd*eps          # f(x, t) = cos(t)*x - sin(t)*sd*F(x, t)
+    F_T     =  F_u + (1 + guidance) * (F_c - F_u)          # teacher without and with the class
+    dF      =  cos(t)*sin(t) * dF(x_t, t)/dt along (sd*F_T, 1)                            # JVP
+    g       =  -cos(t)*sqrt(1 - (r*sin(t))^2) * (F - F_T) - r*cos(t)*sin(t)*x_t/sd - dF
+    loss    =  loss_scale * |F - (F + g/(|g| + c))|^2      # no gradient through F + g;  r: 0 .. 1
+
+    and after the first H also, for images x of the student in N = 1..N_max steps,
+    x_t     =  cos(t)*x + sin(t)*z,    t as above, of D_mean and D_std
+    q       =  (f_fake - f_T) / mean|x - f_T|              # at (x_t, t)
+    loss    += lambda_dmd * |(x - (x - sd*q))/sd|^2        # gradient through x and its last step
+
+One training step of fake, in the rest:  x, x_t as above, and
+    loss    =  |F_fake - (cos(t)*z - sin(t)*x)/sd|^2
+
+Deviations from the paper
+    It distils large models of text to image and to video: defaults and presets for these data sets
+    are ours. sd is 1 there; g, q and c are in units of sd here.
+    Images of the student begin at sigma_max, where it is sampled, not at pi/2: EDM's embedding of
+    ln(sigma) has no such time. N is uniform, as in the paper; the authors' code counts through it.
+    The two parts of the student's loss share one backward pass. Non-finite gradients stop the run;
+    the authors zero them for each image.
+
+Read next: scm.py, the first part alone. What changes: diff scm.py rcm.py
+"""
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from common import teacher as teachers
+from common.data import load
+from common.jvp import jvp, probe
+from common.precond import TrigFlow, backbone, trig
+from common.run import BadInput, Run, parse, say
+
+
+# ==== 1. Arguments ================================================================================
+@dataclass
+class Args:
+    # --- the run (the same in every file)
+    dataset: str = "digits"           # digits | mnist | fashion_mnist | cifar10 | a folder | a .npz
+    data_dir: str = "data"            # where downloads are kept
+    out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
+    resume: str = ""                  # go on with this run folder; a finished one is only sampled
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # small on a CPU, else fast, paper
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
+    seed: int = 0                     # everything random follows from (seed, rank, step)
+    cond: bool = False                # condition on the class label
+    size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
+    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
+    ch: int = 128                     # base width of the network
+    mult: tuple = (2, 2, 2)           # width of each resolution, times ch; not for dit
+    blocks: int = 4                   # residual blocks per resolution; of dit: all
+    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
+    teacher: str = "auto"             # auto | train | none | run folder | .pt | .pkl | address
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: its own preset
+    iters: int = 100_000              # optimiser steps
+    batch: int = 512                  # images per step, over all ranks
+    accum: int = 1                    # parts into which a rank's batch is split to save memory
+    lr: float = 5e-5                  # learning rate after warm-up
+    warmup: int = 100                 # steps of linear warm-up
+    ema: float = 0.99929              # decay of the averaged weights, which are the ones sampled
+    dropout: float = 0.0              # dropout inside the network
+    flip: bool = False                # random horizontal flips
+    bf16: bool = False                # bfloat16 activations; weights and loss stay float32
+    compile: bool = False             # torch.compile the network
+    shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
+    steps: int = 2                    # sampling steps
+    grid: int = 64                    # images in a sample grid
+    log_every: int = 100              # steps between log lines
+    save_every: int = 5_000           # steps between checkpoints, grids and figures
+    keep: bool = False                # keep every checkpoint, not only the last two
+    max_skips: int = 0                # steps that may be skipped because they are not finite
+    fid: int = 0                      # images for an FID at the end: 50000 for a published figure
+    fid_every: int = 0                # also measure it every so many steps
+    # --- the method (defaults: the paper's for text to image, App. E; p_G is sCM's for CIFAR-10)
+    flow: Literal["edm", "trig"] = "trig"  # of the teacher; trig: smooth in t, as sCM wants
+    jvp: Literal["exact", "fd"] = "exact"  # fd: a difference, for networks without forward mode
+    guidance: float = 0.0             # classifier-free guidance of the teacher, with --cond
+    c: float = 0.1                    # g / (|g| + c)
+    H: int = 0                        # steps in which r goes from 0 to 1, all the student's
+    loss_scale: float = 100.0         # weight of sCM; 0: DMD alone
+    lambda_dmd: float = 1.0           # weight of DMD; 0: sCM alone, and no steps of fake
+    F: int = 5                        # one step in F is the student's, the others are fake's
+    N_max: int = 4                    # the student's images take 1 to N_max sampling steps ..
+    rollout: Literal["random", "fixed"] = "random"  # .. at random times, or at those of --steps N
+    fake_lr: float = 0.2              # learning rate of fake, in units of --lr
+    sigma_rel: float = 0.05           # width of the average, of all updates; 0: take --ema
+    P_mean: float = -1.0              # mean of ln(sigma) in sCM, sigma = sd * tan(t)
+    P_std: float = 1.4                # standard deviation of ln(sigma)
+    D_mean: float = 0.0               # the same in DMD, for fake, and for random rollouts
+    D_std: float = 1.6
+    t_mid: float = 1.1                # time of the second sampling step; sigma 0.98 for sd 0.5
+    sigma_max: float = 80.0           # noise level of the first; its time is arctan(sigma_max / sd)
+    sd: float = 0.5                   # standard deviation of the data, sigma_data
+
+
+PRESETS = {
+    "paper": dict(cost="100,000 steps of 512 images, a fifth the student's: days on several GPUs"),
+    "fast": dict(cost="20,000 steps of 256 images", flow="edm", iters=20_000, batch=256,
+                 save_every=2_000),
+    "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=450, batch=64,
+                  lr=1.5e-4, warmup=50, ch=32, mult=(1, 1, 2), blocks=1, save_every=150),
+    "digits": dict(cost="about 8 minutes on two CPU cores, teacher included", iters=2_500, batch=128,
+                   lr=3e-4, warmup=50, H=100, ch=32, mult=(1, 2), blocks=1, attn=(4,),
+                   save_every=500, sd=0.75),
+    # the data's own standard deviation
+    "mnist": dict(sd=0.55),
+    "fashion_mnist": dict(sd=0.66),
+}
+
+
+def check(args):
+    """Flags that contradict each other. Raises BadInput."""
+    if not args.loss_scale and (args.H or not args.lambda_dmd):
+        raise BadInput("--loss-scale 0 leaves DMD alone: add --H 0, and --lambda-dmd above 0")
+    if args.guidance and not args.cond:
+        raise BadInput("--guidance needs a teacher that knows the classes; add --cond")
+
+
+# ==== 2. Schedules ================================================================================
+def is_students(it, args):
+    """Is step it the student's? Each of the first H is, and then one in F; the rest is fake's."""
+    return not args.lambda_dmd or it < args.H or (it - args.H) % args.F == 0
+
+
+def updates(it, args):
+    """Updates of the student before step it."""
+    F = args.F if args.lambda_dmd else 1
+    return min(it, args.H) + math.ceil(max(it - args.H, 0) / F)
+
+
+def average(it, args):
+    """Decay of the averaged weights: a power function of the student's updates, as in EDM2."""
+    if not is_students(it, args):
+        return 1.0
+    k = updates(it, args)
+    if not args.sigma_rel:
+        return min(args.ema, (k + 1) / (k + 10))
+    s = args.sigma_rel**-2                                # g^3 + 7 g^2 + (16 - s) g + 12 - s = 0
+    roots = torch.linalg.eigvals(torch.tensor([[-7, s - 16, s - 12], [1, 0, 0], [0, 1, 0]]))
+    return (1 - 1 / (k + 1)) ** (float(roots.real.max()) + 1)
+
+
+def rounds(it, args):
+    """N, the sampling steps of the student's images in step it: uniform, the same on every rank."""
+    g = torch.Generator().manual_seed(it)
+    return int(torch.randint(1, args.N_max + 1, (1,), generator=g))
+
+
+def times(x0, mean, std, args):
+    """Draw a time t in (0, pi/2) for each image, [B, 1, 1, 1]."""
+    sigma = torch.randn(len(x0), 1, 1, 1, dtype=x0.dtype, device=x0.device) * std + mean
+    return torch.atan(sigma.exp() / args.sd)
+
+
+def sampling_times(K, args):
+    """The K times of the sampler: t_max, .., t_mid; geometric in sigma."""
+    hi, lo = math.log10(args.sigma_max), math.log10(args.sd * math.tan(args.t_mid))
+    return torch.atan(torch.logspace(hi, lo, K, dtype=torch.float64) / args.sd)
+
+
+def rollout_times(N, x0, args):
+    """N times for each image, [N, B, 1, 1, 1], the first t_max, none above the one before it."""
+    fixed = sampling_times(N, args).to(x0).view(-1, 1, 1, 1, 1).expand(N, len(x0), 1, 1, 1)
+    if args.rollout == "fixed":
+        return fixed
+    ts = [times(x0, args.D_mean, args.D_std, args) for _ in range(N - 1)]
+    return torch.stack([fixed[0], *ts]).cummin(0).values
+
+
+# ==== 3. Loss =====================================================================================
+def f(net, x, t, y, args):
+    """The consistency function or denoiser of net; float64 if x is, whatever the network's type."""
+    return t.cos() * x - t.sin() * args.sd * net.F(x, t, y)
+
+
+def guided(teacher, x, t, y, args):
+    """F of the teacher with classifier-free guidance [B,C,H,W]."""
+    F = teacher.F(x, t, y)
+    return F + args.guidance * (F - teacher.F(x, t, None)) if args.guidance else F
+
+
+def rollout(net, z, y, args):
+    """Images x [B,C,H,W] made by the student in N steps, of noise z [N,B,C,H,W]."""
+    ts = rollout_times(len(z), z[0], args)
+    x = z[0]                                              # t_max counts as pi/2
+    with torch.no_grad():
+        for t, r, z_r in zip(ts, ts[1:], z[1:]):
+            x = r.cos() * f(net, x, t, y, args) + r.sin() * z_r
+    return f(net, x, ts[-1], y, args)                     # gradient through the last step alone
+
+
+def scm(net, teacher, x0, z, y, it, args, reseed):
+    """|F - (F + g)|^2 [B], the part of consistency, at the times of P_mean and P_std."""
+    t = times(x0, args.P_mean, args.P_std, args)
+    cos, sin = t.cos(), t.sin()
+    x_t = cos * x0 + sin * z                              # data and noise have the same spread
+    with torch.no_grad():                                 # the teacher is a constant
+        F_T = guided(teacher, x_t, t, y, args)
+
+    def masked(x, t):
+        reseed()                                          # same dropout mask in all calls
+        return net.F(x, t, y)
+    tangents = cos * sin * args.sd * F_T, cos * sin       # the factor first: dF/dt is not bounded
+    _, dF = jvp(masked, (x_t, t), tangents, exact=args.jvp == "exact")  # a pass without gradient
+
+    F = masked(x_t, t)                                    # gradient flows here
+    r = min(1, it / args.H) if args.H else 1              # 0: the teacher's velocity; dF is whole
+    g = -cos * (1 - (r * sin) ** 2).sqrt() * (F.detach() - F_T) - r * cos * sin * x_t / args.sd - dF
+    norm = g.flatten(1).norm(dim=1)                       # [B]
+    g = g / (norm.view(-1, 1, 1, 1) + args.c)             # bounded, however steep f is
+
+    d = ((F - F.detach() - g) ** 2).flatten(1).sum(1)     # value |g|^2, gradient -2 g
+    return d, dict(t=args.sd * t.tan(), tangent=norm.mean(), r=r)
+
+
+def dmd(net, fake, teacher, z, y, args):
+    """|x - (x - q)|^2 [B] in units of sd, the part of scores, for x of noise z [N+1,B,C,H,W]."""
+    x = rollout(net, z[1:], y, args)
+    t = times(x, args.D_mean, args.D_std, args)
+    with torch.no_grad():
+        x_t = t.cos() * x + t.sin() * z[0]
+        F_T = guided(teacher, x_t, t, y, args)
+        f_T = t.cos() * x_t - t.sin() * args.sd * F_T
+        W = (x - f_T).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
+        q = (f(fake, x_t, t, y, args) - f_T) / W
+    d = (((x - (x - args.sd * q).detach()) / args.sd) ** 2).flatten(1).sum(1)
+    return d, dict(t=args.sd * t.tan(), dmd=d.detach().mean())  # value |q|^2, gradient 2 q / sd
+
+
+def loss_fn(net, fake, teacher, x0, y, it, args, reseed):
+    """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> the student's loss, stats: t [B,1,1,1] as
+    noise level, loss [B]. All networks have F(x, t, y) -> [B,C,H,W]. Float64 around them (float32
+    where there is none). reseed() resets the random generator: all calls drop the same units."""
+    x0 = x0.to(torch.float32 if x0.is_mps else torch.float64)
+    N = rounds(it, args) if args.lambda_dmd and it >= args.H else 0
+    z = args.sd * torch.randn_like(x0.expand(N + 2, *x0.shape))
+    loss, stats = 0, {}
+    if N:
+        d, stats = dmd(net, fake, teacher, z[1:], y, args)
+        loss = loss + args.lambda_dmd * d
+    if args.loss_scale:
+        d, more = scm(net, teacher, x0, z[0], y, it, args, reseed)
+        loss, stats = loss + args.loss_scale * d, stats | more
+    return loss.mean(), stats | dict(loss=loss.detach())
+
+
+def fake_loss_fn(net, fake, x0, y, it, args):
+    """As loss_fn, of fake: diffusion training on images of the student. x0 gives the shape."""
+    x0 = x0.to(torch.float32 if x0.is_mps else torch.float64)
+    z = args.sd * torch.randn_like(x0.expand(rounds(it, args) + 1, *x0.shape))
+    with torch.no_grad():                                 # the student is a constant
+        x = rollout(net, z[1:], y, args)
+    t = times(x, args.D_mean, args.D_std, args)
+    cos, sin, z = t.cos(), t.sin(), z[0]
+    F = fake.F(cos * x + sin * z, t, y)
+    loss = ((F - (cos * z - sin * x) / args.sd) ** 2).flatten(1).sum(1)
+    return loss.mean(), dict(t=args.sd * t.tan(), loss=loss.detach(), fake=loss.detach().mean())
+
+
+# ==== 4. Sampling =================================================================================
+@torch.no_grad()
+def sample(net, noise, y, args):
+    """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
+    x = torch.zeros_like(noise[0])
+    for i, (t, z) in enumerate(zip(sampling_times(len(noise), args).to(noise), noise)):
+        x = t.cos() * x + t.sin() * args.sd * z if i else args.sd * z   # t_max counts as pi/2
+        x = net(x, t.expand(len(z), 1, 1, 1), y)
+    return x.clamp(-1, 1)
+
+
+# ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
+def main(args):
+    """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
+    run = Run(args, __file__)                             # device and ranks; no file is written yet
+    data = load(args.dataset, args.data_dir, args.size, run.device)
+    check(args)  # *
+    teacher = teachers.get(args, data, run, needed=True)  # *
+    run.seed(-1)                                          # negative: the same on every rank
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    net = TrigFlow(backbone(args, data, teacher), args.sd, args.flow, dtype)  # *
+    if args.jvp == "exact":                               # is it the derivative, here?  # *
+        probe(net.F, data.images.shape[1:], run.device)   # *
+    ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
+    fake = run.place(deepcopy(net).eval())                # score of the student's images  # *
+    net = run.place(net)
+    if args.compile:                                      # jvp goes around it  # *
+        net.model.compile()                               # *
+        fake.model.compile()                              # *
+    adam = dict(lr=args.lr, betas=(0.0, 0.999), weight_decay=0.01, foreach=True)  # *
+    opt_net = torch.optim.AdamW(net.parameters(), **adam)  # *
+    opt_fake = torch.optim.AdamW(fake.parameters(), **adam)  # *
+    state = dict(net=net, ema=ema, fake=fake, opt=opt_net, opt_fake=opt_fake)  # *
+    draw = lambda noise, y: sample(ema, noise, y, args)
+
+    it = run.start(state, data)                           # a new folder, or where it stopped
+    teachers.show(teacher, run, data)                     # *
+    say(f"  t_mid     {args.t_mid:g}: noise level {args.sd * math.tan(args.t_mid):.3g}")  # *
+    teacher = trig(teacher)                               # its F, whatever its own flow  # *
+    while it < args.iters:
+        students = is_students(it, args)                  # whose step it is  # *
+        opt = opt_net if students else opt_fake           # *
+        for part in range(args.accum):
+            run.seed(it, part)
+            x0, y = run.batch(data, it, part)
+            reseed = lambda: run.seed(it, part, stream=1)
+            if students:                                  # *
+                loss, stats = loss_fn(net, fake, teacher, x0, y, it, args, reseed)  # *
+            else:                                         # *
+                loss, stats = fake_loss_fn(net, fake, x0, y, it, args)  # *
+            (loss / args.accum).backward()
+            run.count(stats)                              # sums stay on the device
+        lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))  # *
+        lr *= 1 if students else args.fake_lr             # *
+        for group in opt.param_groups:
+            group["lr"] = lr
+        if run.sync(opt, it):                             # mean over ranks; False: not finite, skip
+            opt.step()
+            decay = average(it, args)                     # 1: fake's step  # *
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        opt.zero_grad(set_to_none=True)
+
+        it += 1
+        run.log(it, lr=lr)
+        if run.due(it):                                   # each --save-every, at the end, a signal
+            run.save(it, state)
+            run.evaluate(it, data, draw)
+    return run.finish(it, data, draw)
+
+
+if __name__ == "__main__":
+    main(parse(Args, PRESETS))

@@ -1,9 +1,9 @@
 """
 rcm.py: Score-regularised consistency models.    Zheng et al. 2025, arXiv:2510.08431.
 
-Idea    sCM covers what the teacher can make, but blurs it in one step. To compare scores on the
-        student's own images (DMD) sharpens, but forgets modes. Take both, the second with a small
-        weight. The score of the student's images is that of a third network, fake, which learns it.
+Idea    sCM covers all that the teacher makes, but blurs it. Comparing scores on the student's own
+        images (DMD) sharpens them, but forgets modes. Take both, the second with a small weight.
+        The score of those images is that of a third network, fake.
 
 One training step of the student: each of the first H, then one in F               [Algorithm 1]
     t       =  arctan(e^tau / sd),  tau ~ N(P_mean, P_std^2)
@@ -13,21 +13,20 @@ One training step of the student: each of the first H, then one in F            
     g       =  -cos(t)*sqrt(1 - (r*sin(t))^2) * (F - F_T) - r*cos(t)*sin(t)*x_t/sd - dF
     loss    =  loss_scale * |F - (F + g/(|g| + c))|^2      # no gradient through F + g;  r: 0 .. 1
 
-    and after the first H also, for images x of the student in N = 1..N_max steps,
-    x_t     =  cos(t)*x + sin(t)*z,    t as above, of D_mean and D_std
+    and after the first H also, for images x of the student, made in N = 1..N_max steps,
+    x_t     =  cos(t)*x + sin(t)*z,    t as above with D_mean, D_std
     q       =  (f_fake - f_T) / mean|x - f_T|              # at (x_t, t)
-    loss    += lambda_dmd * |(x - (x - sd*q))/sd|^2        # gradient through x and its last step
+    loss    += lambda_dmd * |(x - (x - sd*q))/sd|^2        # gradient through x, its last step alone
 
-One training step of fake, in the rest:  x, x_t as above, and
-    loss    =  |F_fake - (cos(t)*z - sin(t)*x)/sd|^2
+One training step of fake: all others
+    loss    =  |F_fake(x_t, t) - (cos(t)*z - sin(t)*x)/sd|^2    # x, x_t, t as in the second part
 
 Deviations from the paper
-    It distils large models of text to image and to video: defaults and presets for these data sets
-    are ours. sd is 1 there; g, q and c are in units of sd here.
+    It distils large models of text to image and of video: the presets for these data sets are ours.
+    sd is 1 there; g, q and c are in units of sd here.
     Images of the student begin at sigma_max, where it is sampled, not at pi/2: EDM's embedding of
     ln(sigma) has no such time. N is uniform, as in the paper; the authors' code counts through it.
-    The two parts of the student's loss share one backward pass. Non-finite gradients stop the run;
-    the authors zero them for each image.
+    Non-finite gradients stop the run; the authors' code zeroes the loss of that image.
 
 Read next: scm.py, the first part alone. What changes: diff scm.py rcm.py
 """
@@ -100,7 +99,7 @@ class Args:
     P_mean: float = -1.0              # mean of ln(sigma) in sCM, sigma = sd * tan(t)
     P_std: float = 1.4                # standard deviation of ln(sigma)
     D_mean: float = 0.0               # the same in DMD, for fake, and for random rollouts
-    D_std: float = 1.6
+    D_std: float = 1.6                # its standard deviation
     t_mid: float = 1.1                # time of the second sampling step; sigma 0.98 for sd 0.5
     sigma_max: float = 80.0           # noise level of the first; its time is arctan(sigma_max / sd)
     sd: float = 0.5                   # standard deviation of the data, sigma_data
@@ -108,15 +107,12 @@ class Args:
 
 PRESETS = {
     "paper": dict(cost="100,000 steps of 512 images, a fifth the student's: days on several GPUs"),
-    "fast": dict(cost="20,000 steps of 256 images", flow="edm", iters=20_000, batch=256,
-                 save_every=2_000),
+    "fast": dict(cost="20,000 steps of 256 images", flow="edm", iters=20_000, batch=256),
     "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=450, batch=64,
                   lr=1.5e-4, warmup=50, ch=32, mult=(1, 1, 2), blocks=1, save_every=150),
-    "digits": dict(cost="about 8 minutes on two CPU cores, teacher included", iters=2_500, batch=128,
-                   lr=3e-4, warmup=50, H=100, ch=32, mult=(1, 2), blocks=1, attn=(4,),
-                   save_every=500, sd=0.75),
-    # the data's own standard deviation
-    "mnist": dict(sd=0.55),
+    "digits": dict(cost="about 10 minutes on two CPU cores", iters=2_500, batch=128, lr=3e-4, H=100,
+                   warmup=50, ch=32, mult=(1, 2), blocks=1, attn=(4,), save_every=500, sd=0.75),
+    "mnist": dict(sd=0.55),           # the data's own standard deviation
     "fashion_mnist": dict(sd=0.66),
 }
 
@@ -137,8 +133,8 @@ def is_students(it, args):
 
 def updates(it, args):
     """Updates of the student before step it."""
-    F = args.F if args.lambda_dmd else 1
-    return min(it, args.H) + math.ceil(max(it - args.H, 0) / F)
+    late = max(it - args.H, 0) if args.lambda_dmd else 0
+    return it - late + math.ceil(late / args.F)
 
 
 def average(it, args):
@@ -181,9 +177,9 @@ def rollout_times(N, x0, args):
 
 
 # ==== 3. Loss =====================================================================================
-def f(net, x, t, y, args):
-    """The consistency function or denoiser of net; float64 if x is, whatever the network's type."""
-    return t.cos() * x - t.sin() * args.sd * net.F(x, t, y)
+def f(x, t, F, args):
+    """The consistency function of the student, the denoiser of the other two. x, t: float64."""
+    return t.cos() * x - t.sin() * args.sd * F
 
 
 def guided(teacher, x, t, y, args):
@@ -198,11 +194,11 @@ def rollout(net, z, y, args):
     x = z[0]                                              # t_max counts as pi/2
     with torch.no_grad():
         for t, r, z_r in zip(ts, ts[1:], z[1:]):
-            x = r.cos() * f(net, x, t, y, args) + r.sin() * z_r
-    return f(net, x, ts[-1], y, args)                     # gradient through the last step alone
+            x = r.cos() * f(x, t, net.F(x, t, y), args) + r.sin() * z_r
+    return f(x, ts[-1], net.F(x, ts[-1], y), args)        # gradient through the last step alone
 
 
-def scm(net, teacher, x0, z, y, it, args, reseed):
+def scm_loss(net, teacher, x0, z, y, it, args, reseed):
     """|F - (F + g)|^2 [B], the part of consistency, at the times of P_mean and P_std."""
     t = times(x0, args.P_mean, args.P_std, args)
     cos, sin = t.cos(), t.sin()
@@ -226,33 +222,32 @@ def scm(net, teacher, x0, z, y, it, args, reseed):
     return d, dict(t=args.sd * t.tan(), tangent=norm.mean(), r=r)
 
 
-def dmd(net, fake, teacher, z, y, args):
+def dmd_loss(net, fake, teacher, z, y, args):
     """|x - (x - q)|^2 [B] in units of sd, the part of scores, for x of noise z [N+1,B,C,H,W]."""
     x = rollout(net, z[1:], y, args)
     t = times(x, args.D_mean, args.D_std, args)
     with torch.no_grad():
         x_t = t.cos() * x + t.sin() * z[0]
-        F_T = guided(teacher, x_t, t, y, args)
-        f_T = t.cos() * x_t - t.sin() * args.sd * F_T
+        f_T = f(x_t, t, guided(teacher, x_t, t, y, args), args)
         W = (x - f_T).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
-        q = (f(fake, x_t, t, y, args) - f_T) / W
+        q = (f(x_t, t, fake.F(x_t, t, y), args) - f_T) / W
     d = (((x - (x - args.sd * q).detach()) / args.sd) ** 2).flatten(1).sum(1)
     return d, dict(t=args.sd * t.tan(), dmd=d.detach().mean())  # value |q|^2, gradient 2 q / sd
 
 
 def loss_fn(net, fake, teacher, x0, y, it, args, reseed):
-    """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> the student's loss, stats: t [B,1,1,1] as
-    noise level, loss [B]. All networks have F(x, t, y) -> [B,C,H,W]. Float64 around them (float32
-    where there is none). reseed() resets the random generator: all calls drop the same units."""
+    """Of the student. x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t as
+    noise level [B,1,1,1], loss [B]. Networks have F(x, t, y) -> [B,C,H,W]; around them all is
+    float64. reseed() resets the random generator: the calls in scm_loss drop the same units."""
     x0 = x0.to(torch.float32 if x0.is_mps else torch.float64)
     N = rounds(it, args) if args.lambda_dmd and it >= args.H else 0
     z = args.sd * torch.randn_like(x0.expand(N + 2, *x0.shape))
     loss, stats = 0, {}
     if N:
-        d, stats = dmd(net, fake, teacher, z[1:], y, args)
+        d, stats = dmd_loss(net, fake, teacher, z[1:], y, args)
         loss = loss + args.lambda_dmd * d
     if args.loss_scale:
-        d, more = scm(net, teacher, x0, z[0], y, it, args, reseed)
+        d, more = scm_loss(net, teacher, x0, z[0], y, it, args, reseed)
         loss, stats = loss + args.loss_scale * d, stats | more
     return loss.mean(), stats | dict(loss=loss.detach())
 

@@ -22,7 +22,8 @@ MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "kee
               "fid", "fid_every", "device", "data_dir", "out", "resume"}      # on resume; the rest defines the run
 AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
                 warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0, mu=0, P_std=0, guidance=0,
-                boundaries=1, s0=2, H=0, decay=0, loss_scale=0, lambda_dmd=0, F=2, N_max=1, fake_lr=0, D_std=0, sigma_rel=0)
+                boundaries=1, s0=2, H=0, decay=0,
+                loss_scale=0, lambda_dmd=0, F=2, N_max=1, fake_lr=0, D_std=0, sigma_rel=0)
 FD_IMAGES = 2048                                                # at most, for fd_pixels
 EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
@@ -180,6 +181,8 @@ class Run:
                 raise BadInput(f"--{name.replace('_', '-')} must be positive")
         if max(args.dropout, args.ema, getattr(args, "mu", 0)) >= 1:
             raise BadInput("--dropout, --ema and --mu must be below 1")
+        if getattr(args, "sigma_rel", 0) > 0.28:
+            raise BadInput("--sigma-rel must be at most 0.28: 0.29 weighs all updates alike")
         if args.batch % parts:
             raise BadInput(f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}")
         if args.ch % 4:

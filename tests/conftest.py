@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                                  # the suite's own speed; also steadier sums
 METHODS = [m for m in ("cd", "ct", "ict", "ect", "scm", "rcm") if (ROOT / f"{m}.py").exists()]
-DISTIL = ["cd"]                                           # those that cannot do without a teacher
+DISTIL = ["cd", "rcm"]                                    # those that cannot do without a teacher
 TINY = ["--device", "cpu", "--ch", "16", "--blocks", "1", "--attn", "4", "--iters", "4", "--batch", "8", "--grid", "4",
         "--warmup", "0", "--log-every", "2", "--save-every", "2"]
 

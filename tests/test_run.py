@@ -39,12 +39,14 @@ def tiny(*argv):
 
 
 def same(a, b):
-    """Two checkpoints hold the same numbers, those of the optimiser included."""
+    """Two checkpoints hold the same numbers: step, networks, optimisers, all but the flags."""
     def leaves(tree):
         return [x for v in (tree.values() if isinstance(tree, dict) else tree) for x in leaves(v)] \
             if isinstance(tree, (dict, list)) else [tree]
-    a, b = ([x for part in ("it", "net", "ema", "opt") for x in leaves([c[part]])] for c in (a, b))
-    return len(a) == len(b) and all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b))
+    a, b = ({k: leaves([v]) for k, v in c.items() if k not in ("config", "model")} for c in (a, b))
+    return a.keys() == b.keys() and all(
+        len(a[k]) == len(b[k]) and all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a[k], b[k]))
+        for k in a)
 
 
 def ckpt(run, name="ckpt.pt"):

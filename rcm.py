@@ -18,8 +18,8 @@ One training step of the student: each of the first H, then one in F            
     q       =  (f_fake - f_T) / mean|x - f_T|              # at (x_t, t)
     loss    += lambda_dmd * |(x - (x - sd*q))/sd|^2        # gradient through x, its last step alone
 
-One training step of fake: all others
-    loss    =  |F_fake(x_t, t) - (cos(t)*z - sin(t)*x)/sd|^2    # x, x_t, t as in the second part
+    In all other steps fake is trained, with x, x_t and t as in the second part:
+    loss    =  |F_fake(x_t, t) - (cos(t)*z - sin(t)*x)/sd|^2
 
 Deviations from the paper
     It distils large models of text to image and of video: the presets for these data sets are ours.

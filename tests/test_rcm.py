@@ -201,6 +201,7 @@ def test_random_rollout_times_never_rise():
     assert ts.shape == (3, 50_000, 1, 1, 1) and ts.dtype == torch.float64 and (ts[0] == math.atan(80 / SD)).all()
     assert (ts[1:] <= ts[:-1]).all() and (ts[2] < ts[1]).double().mean() == pytest.approx(0.5, abs=0.01)
     tau = (SD * ts[1].tan()).log()
+    assert rcm.times(x0, 0.0, 1.0, args).dtype == torch.float64
     assert tau.mean() == pytest.approx(0.5, abs=0.02) and tau.std() == pytest.approx(1.2, abs=0.02)
     assert rcm.rollout_times(1, x0, args).shape[0] == 1
 
@@ -257,6 +258,8 @@ def test_the_average_is_as_wide_as_asked(sigma_rel):
     assert len(w) == n and w.sum() == pytest.approx(1)
     assert float((w * (at - mean) ** 2).sum() ** 0.5) == pytest.approx(sigma_rel, rel=0.01)
     assert rcm.average(0, args) == 0                      # the first copies the network
+    gamma = math.log(rcm.average(100, args)) / math.log(1 - 1 / 101) - 1
+    assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(sigma_rel**2, rel=1e-4)
 
 
 def test_a_constant_decay_can_be_had():

@@ -38,13 +38,13 @@ class Draws:
         self.calls = []
         monkeypatch.setattr(rcm, "rounds", lambda it, args: N)
         monkeypatch.setattr(rcm, "times", self.times)
-        monkeypatch.setattr(torch, "randn_like", lambda x: self.eps[:len(x)].clone())
+        monkeypatch.setattr(torch, "randn_like", lambda x: self.eps[:len(x)].to(x.dtype))
 
     def times(self, x0, mean, std, args):
         self.calls.append((mean, std))
         if (mean, std) == (args.P_mean, args.P_std):
-            return self.t_G
-        return self.t_D[sum(c == (args.D_mean, args.D_std) for c in self.calls) - 1]
+            return self.t_G.to(x0.dtype)
+        return self.t_D[sum(c == (args.D_mean, args.D_std) for c in self.calls) - 1].to(x0.dtype)
 
 
 # ---- the formulas again, for data of unit spread -------------------------------------------------

@@ -405,6 +405,17 @@ def test_resume_is_exact_at_any_turn(stop, quick, tmp_path):
     assert same(ckpt(whole), ckpt(cut))
 
 
+def test_dropout_is_the_students_alone(quick, monkeypatch):
+    """A fake that drops units, as it is trained or as it scores, would be another model than the one compared."""
+    seen, loss_fn, fake_loss_fn = [], rcm.loss_fn, rcm.fake_loss_fn
+    monkeypatch.setattr(rcm, "loss_fn", lambda net, fake, teacher, *a: (
+        seen.append((net.training, fake.training, teacher.training)) or loss_fn(net, fake, teacher, *a)))
+    monkeypatch.setattr(rcm, "fake_loss_fn", lambda net, fake, *a: (
+        seen.append((net.training, fake.training, False)) or fake_loss_fn(net, fake, *a)))
+    quick("--dropout", "0.5", "--F", "2", "--iters", "2")
+    assert seen == [(True, False, False)] * 2
+
+
 def test_optimisers(quick):
     """AdamW without momentum, fake at its share of the learning rate, warm-up, and no clipping anywhere."""
     _, run = quick("--H", "1", "--F", "2", "--iters", "4", "--lr", "1e-3", "--fake-lr", "0.5", "--warmup", "2", "--log-every", "1",

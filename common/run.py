@@ -272,9 +272,8 @@ class Run:
             shutil.copy(here, self.dir / "source" / here.relative_to(ROOT))
 
     def device_name(self):
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"cpu, {torch.get_num_threads()} threads" if self.device.type == "cpu" else str(self.device)
+        other = f"{self.device}, {torch.get_num_threads()} threads"
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else other
 
     def on_signal(self, signum, frame):
         self.signum = signum

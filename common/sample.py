@@ -121,7 +121,7 @@ def run_of(a):
         raise BadInput("--ts, --find-ts and --edit are for consistency models; this run is a diffusion model")
     K = getattr(args, "boundaries", 1)
     if K > 1 and (a.ts or a.find_ts or a.edit or args.steps != K):
-        raise BadInput(f"this run jumps from edge to edge of its {K} segments, without --ts, --find-ts, --edit, --steps")
+        raise BadInput(f"this run jumps from edge to edge of its {K} segments: no --ts, --find-ts, --edit or --steps")
     if args.steps < 1 or a.batch < 1 or a.n is not None and a.n < 1:
         raise BadInput("--steps, --n and --batch must be at least 1")
     return method, args, config

@@ -268,21 +268,14 @@ def newest(args, data):
 
 def train(args, run):
     """Train a teacher with the network and data of `args`; return its folder."""
-    argv = []
-    for k in [k for k in SAME if hasattr(args, k)]:
-        v, flag = getattr(args, k), k.replace("_", "-")
-        if isinstance(v, bool):
-            argv.append(f"--{flag}" if v else f"--no-{flag}")
-        else:
-            argv += [f"--{flag}", ",".join(map(str, v)) if isinstance(v, tuple) else str(v)]
-    if args.preset in PRESETS:
-        argv += ["--preset", args.preset]
-    if args.teacher_iters:
-        argv += ["--iters", str(args.teacher_iters)]
     say("training the teacher first")
-    args, parts = parse(Args, PRESETS, argv), run.world * args.accum
-    args.batch = math.ceil(args.batch / parts) * parts     # its preset does not know the number of ranks
-    return main(args)["run"]
+    argv = ["--dataset", args.dataset, "--device", args.device]
+    its = parse(Args, PRESETS, argv + (["--preset", args.preset] if args.preset in PRESETS else []))
+    for k in SAME:
+        setattr(its, k, getattr(args, k, getattr(its, k)))
+    its.iters, parts = args.teacher_iters or its.iters, run.world * args.accum
+    its.batch = math.ceil(its.batch / parts) * parts       # its preset does not know the number of ranks
+    return main(its)["run"]
 
 
 # ==== 6. Released checkpoints =====================================================================

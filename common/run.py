@@ -381,7 +381,7 @@ class Run:
 
     def save(self, it, state):
         """Write ckpt.pt so that a kill at any moment leaves a loadable run, then obey a signal, if there was one."""
-        ckpt = {k: full(v.state_dict()) for k, v in state.items()}        # all ranks take part in gathering
+        ckpt = {k: full(dict(v.state_dict())) for k, v in state.items()}        # all ranks take part in gathering
         if self.rank == 0:
             ckpt |= dict(it=it, config=dataclasses.asdict(self.args), model=state["net"].spec)
             tmp, new, old = (self.dir / f"ckpt.{x}" for x in ("tmp", "pt", "prev.pt"))
@@ -519,7 +519,7 @@ def figures(folder):
 def full(tree):
     """Gather every sharded tensor of a state dict: one checkpoint format, sharded run or not."""
     whole = lambda v: v.full_tensor() if isinstance(v, DTensor) else v
-    return tree_map(lambda v: whole(v).cpu() if torch.is_tensor(v) else v, dict(tree))
+    return tree_map(lambda v: whole(v).cpu() if torch.is_tensor(v) else v, tree)
 
 
 def shard_like(saved, owner):

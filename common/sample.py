@@ -61,15 +61,10 @@ def flags(argv=None):
     return a
 
 
-def highest(args):
-    """The noise level at which the run's sampling begins."""
-    return args.t_max if hasattr(args, "t_max") else args.sigma_max
-
-
-def levels(a, args, net):
-    """The noise levels of --ts, --sigma or --edit, descending; None: the method's own. Raises BadInput."""
+def levels(a, high, net):
+    """The noise levels of --ts, --sigma or --edit, `high` or less; None: the method's own. Raises BadInput."""
     sigma = dict(stroke=1.0, denoise=0.5).get(a.edit) if a.sigma is None else a.sigma
-    high, ts = highest(args), a.ts
+    ts = a.ts
     if ts is None and sigma is not None:                 # stroke: two levels in the paper's ratio
         ts = (sigma, sigma * 2.24 / 5.38) if a.edit == "stroke" else (sigma,)
     elif ts is None:                                     # the last level is the boundary, where f is the identity
@@ -94,15 +89,13 @@ def images_of(a, args, config, size, channels):
 
 def labels_of(a, classes, own):
     """The labels to repeat: --classes, or the images' `own`, or all; None if the run has none. Raises BadInput."""
-    if not classes and a.classes:
-        raise BadInput("--classes: this run was not trained with --cond")
-    if classes and a.images and own is None and not a.classes:
-        raise BadInput(f"--images {a.images} has no labels, which this run needs; give --classes")
-    if not classes:
+    if not classes and not a.classes:
         return None
+    if a.images and own is None and not a.classes:
+        raise BadInput(f"--images {a.images} has no labels, which this run needs; give --classes")
     labels = torch.tensor(a.classes or range(classes)) if a.classes or own is None else own
     if labels.min() < 0 or labels.max() >= classes:
-        raise BadInput(f"--classes must lie in 0 .. {classes - 1}")
+        raise BadInput(f"--classes must lie in 0 .. {classes - 1}; without --cond a run has none")
     return labels
 
 
@@ -138,8 +131,9 @@ def main(argv=None):
     device = device_of(a.device)
     net = teacher.load(a.run, device)
     size, channels, classes = (net.model.kwargs[k] for k in ("size", "channels", "classes"))
-    ts, mask, patch = levels(a, args, net), edit.mask_of(a.mask, size).to(device), a.patch
-    patch = max(2, size // 32) if patch is None else patch
+    high = getattr(args, "t_max", getattr(args, "sigma_max", None))      # the noise level at which sampling begins
+    ts, mask = levels(a, high, net), edit.mask_of(a.mask, size).to(device)
+    patch = max(2, size // 32) if a.patch is None else a.patch
     if a.edit == "superres" and (patch < 2 or size % patch):
         raise BadInput(f"--patch must be at least 2 and divide the {size} pixels of a side")
     if a.edit == "colorize" and channels == 1:
@@ -174,11 +168,11 @@ def main(argv=None):
         return sample(z, y)
 
     if a.find_ts:
-        name, score = "FD (pixels)", lambda images: fd_pixels(real, images)
-        if a.fid:
-            data = load(args.dataset, args.data_dir, args.size, device)
-            name, score = f"FID ({fid.MODE})", lambda images: fid.fid(data, images, args.data_dir)
-        return find(name, score, a.run, net, highest(args), draw, noise)
+        if not a.fid:
+            return find("FD (pixels)", lambda images: fd_pixels(real, images), a.run, net, high, draw, noise)
+        data = load(args.dataset, args.data_dir, args.size, device)
+        score = lambda images: fid.fid(data, images, args.data_dir)
+        return find(f"FID ({fid.MODE})", score, a.run, net, high, draw, noise)
     if a.edit in EDITS:
         seen, images = draw(edited).unbind(1)
         sheet = torch.cat([real[:n], seen, images])

@@ -218,11 +218,11 @@ def get(args, data, run, needed=False):
     if path.startswith(("http://", "https://")):
         path = download(path, args.data_dir)
     net = load(path, run.device)
-    mine, its = (args.sd, *data.images.shape[1:]), net.model.kwargs
-    theirs = (net.sd, its["channels"], its["size"], its["size"])
-    if mine != theirs or its["classes"] != (data.classes if args.cond else 0):
-        raise BadInput(f"the teacher {path} has (sd, channels, height, width) = {theirs} and {its['classes']} classes, "
-                       f"this run {mine} and {data.classes if args.cond else 0}; name another --teacher or train one")
+    its, mine = net.model.kwargs, (args.sd, *data.images.shape[1:3], data.classes if args.cond else 0)
+    theirs = (net.sd, its["channels"], its["size"], its["classes"])
+    if mine != theirs:
+        raise BadInput(f"the teacher {path} has (sd, channels, size, classes) = {theirs}, this run {mine}; "
+                       "name another --teacher or train one")
     raw = getattr(net, "raw", "edm")                      # the flow that its raw network was made for
     if hasattr(args, "flow"):
         args.flow = raw
@@ -248,12 +248,10 @@ def is_diffusion(net, path):
 
 def show(teacher, run, data):
     """The teacher's figures and grid beside the run's own: those of its folder, or measured now."""
-    if teacher is None or not teacher.diffuses or run.args.resume:              # resumed: they are there
-        return
-    if teacher.folder and run.adopt(teacher.folder):
-        return
-    draw = lambda noise, y: sample(teacher, noise, y, Args())
-    run.evaluate(0, data, draw, net="teacher", steps=Args.steps)
+    there = teacher is None or not teacher.diffuses or run.args.resume
+    if not there and not (teacher.folder and run.adopt(teacher.folder)):
+        draw = lambda noise, y: sample(teacher, noise, y, Args())
+        run.evaluate(0, data, draw, net="teacher", steps=Args.steps)
 
 
 def newest(args, data):

@@ -56,7 +56,7 @@ def test_guidance_needs_a_teacher_that_knows_the_classes(guide, tmp_path, capsys
     with pytest.raises(BadInput):
         cd.main(parse(cd.Args, cd.PRESETS, ["--device", "cpu", "--out", str(tmp_path / "runs"), "--teacher", path, "--sd",
                                             "0.75", "--guidance", "2", "--cond"]))
-    assert "0 classes" in capsys.readouterr().err and snapshot(tmp_path) == before
+    assert "classes) = (0.75, 1, 8, 0)" in capsys.readouterr().err and snapshot(tmp_path) == before
 
 
 # ---- loss ----------------------------------------------------------------------------------------

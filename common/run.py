@@ -5,7 +5,6 @@ import shutil, signal, subprocess, sys, time
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from common import assets
 from common.run import BadInput, mix
 
-NATIVE = dict(digits=8, mnist=32, fashion_mnist=32, cifar10=32)     # name -> pixels a side
+NAMED = ("mnist", "fashion_mnist", "cifar10")                       # downloaded, brought to 32 pixels a side
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -63,9 +63,14 @@ def load(name, data_dir="data", size=0, device="cpu"):
 
     Downloads stay in `data_dir`. `size` (pixels a side, 0 = 32) is for folders. Raises BadInput."""
     path, base = Path(name).expanduser(), name.removesuffix("-test")
-    if name in NATIVE or base in NATIVE and base != "digits":
-        check_size(name, size, NATIVE[base])                          # before the download
-        images, labels = named(base, data_dir, "train" if name == base else "test")
+    if name == "digits":
+        check_size(name, size, 8)
+        images, labels = from_npz(Path(__file__).with_name("digits.npz"))
+    elif base in NAMED:
+        check_size(name, size, 32)                                    # before the download
+        images, labels = assets.dataset(base, data_dir, "train" if name == base else "test")
+        edge = (32 - images.shape[1]) // 2                            # black, around MNIST's 28 pixels
+        images = np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
     elif path.is_dir():
         images, labels = from_folder(path, size or 32)
         name = path.resolve().name
@@ -75,7 +80,7 @@ def load(name, data_dir="data", size=0, device="cpu"):
         name = path.stem
     else:
         raise BadInput(f"--dataset {name}: no such folder of images or .npz file, and not one of "
-                       + ", ".join(NATIVE))
+                       + ", ".join(("digits", *NAMED)))
     classes = 0 if labels is None else int(labels.max()) + 1
     labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels)
     images = torch.from_numpy(images).permute(0, 3, 1, 2)             # as a view: channels_last
@@ -85,15 +90,6 @@ def load(name, data_dir="data", size=0, device="cpu"):
 def check_size(name, size, native):
     if size not in (0, native):
         raise BadInput(f"{name} has {native} pixels a side, not {size}; leave the size out")
-
-
-def named(name, data_dir, split):
-    """uint8 [N, H, W, C], labels [N]; black edges bring MNIST's 28 pixels to 32."""
-    if name == "digits":
-        return from_npz(Path(__file__).with_name("digits.npz"))
-    images, labels = assets.dataset(name, data_dir, split)
-    edge = (NATIVE[name] - images.shape[1]) // 2
-    return np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0))), labels
 
 
 def from_npz(file):

@@ -1,23 +1,23 @@
 """What a training script needs that is not mathematics: flags, ranks, seeds, run folder, log, checkpoint, signals.
 Nothing in here knows which method is running."""
-import argparse, atexit, contextlib, dataclasses, difflib, glob, hashlib, inspect, json, math, os, re
+import argparse, atexit, contextlib, dataclasses, glob, hashlib, inspect, json, math, os, re
 import shutil, signal, subprocess, sys, time
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from common import fid
 
 ROOT = Path(__file__).resolve().parent.parent
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
+DATASETS, PRESETS = ("digits", "mnist", "fashion_mnist", "cifar10"), ("small", "fast", "paper")
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
               "fid", "fid_every", "device", "data_dir", "out", "resume"}      # on resume; the rest defines the run
 AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
@@ -52,9 +52,7 @@ def mix(*ints):
 # ---- flags ---------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
-        close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        raise BadInput(f"{message} ({f'did you mean {close[0]}?' if close else '-h lists the flags'})")
+        raise BadInput(f"{message} (-h lists the flags)")
 
 
 def parse(cls, presets, argv=None):
@@ -85,20 +83,18 @@ def parse(cls, presets, argv=None):
     if dataset == "digits":
         if preset != "auto":
             raise BadInput("the digits have one preset; leave --preset out")
-        chosen, why = presets["digits"], "digits"
+        chosen = dict(presets[(preset := "digits")])
     else:
         if preset == "auto":
             cuda = given.get("device", args.device) in ("auto", "cuda") and torch.cuda.is_available()
             preset = "small" if not cuda else "fast" if "fast" in presets else "paper"
         if preset not in presets:
-            raise BadInput(f"there is no --preset {preset} here; take one of {', '.join(p for p in ('small', 'fast', 'paper') if p in presets)}")
+            raise BadInput(f"there is no --preset {preset} here; take one of {[p for p in PRESETS if p in presets]}")
         data = presets.get(dataset if dataset in DATASETS else "folder", {})
-        chosen, why = presets[preset] | data | dict(preset=preset), preset
-    chosen = dict(chosen) | presets.get(given.get("mode"), {})
-    cost = chosen.pop("cost", None)
-    if cost:
-        say(f"preset {why}: {cost}")
-    return cls(**chosen | given)
+        chosen = presets[preset] | data | dict(preset=preset)
+    if "cost" in chosen:
+        say(f"preset {preset}: {chosen.pop('cost')}")
+    return cls(**chosen | presets.get(given.get("mode"), {}) | given)
 
 
 def integers(text):
@@ -232,10 +228,7 @@ class Run:
         """Create the run folder, or restore `state` ({name: module or optimiser}) from it with --resume; return the
         step to go on from. From here on Ctrl-C and SIGTERM finish the step and save."""
         a, net = self.args, state["net"]
-        name = [None if a.resume else self.new_folder(data.name)]
-        if self.world > 1:
-            dist.broadcast_object_list(name)                    # rank 0 chose it
-        self.dir = Path(a.resume or name[0])
+        self.dir = Path(a.resume or self.new_folder(data.name))
         it = self.restore(state, data) if a.resume else 0
         if self.rank == 0:
             self.write_config(data)
@@ -258,13 +251,15 @@ class Run:
     def new_folder(self, dataset):
         stem = "-".join(filter(None, [Path(self.file).stem, getattr(self.args, "mode", ""), dataset]))
         taken = [int(p.name[len(stem) + 1:]) for p in numbered(self.args.out, stem)]
-        folder = Path(self.args.out) / f"{stem}-{max(taken, default=-1) + 1:03d}"
+        name = [Path(self.args.out) / f"{stem}-{max(taken, default=-1) + 1:03d}"]
+        if self.world > 1:
+            dist.broadcast_object_list(name)                    # rank 0 chooses
         if self.rank == 0:
             try:
-                (folder / "samples").mkdir(parents=True)
+                (name[0] / "samples").mkdir(parents=True)
             except OSError as e:
                 raise BadInput(f"--out {self.args.out}: {e.strerror}; name a folder that can be written")
-        return str(folder)
+        return name[0]
 
     def write_config(self, data):
         here = Path(self.file).resolve()
@@ -279,9 +274,8 @@ class Run:
             shutil.copy(here, self.dir / "source" / here.relative_to(ROOT))
 
     def device_name(self):
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"cpu, {torch.get_num_threads()} threads" if self.device.type == "cpu" else str(self.device)
+        other = f"{self.device}, {torch.get_num_threads()} threads"
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else other
 
     def on_signal(self, signum, frame):
         self.signum = signum
@@ -358,7 +352,7 @@ class Run:
             return
         names = sorted(self.scalars)
         means = [torch.as_tensor(total / n, device=self.device).float() for total, n in map(self.scalars.get, names)]
-        v = torch.cat([self.sums.flatten(), torch.stack(means)]) if names else self.sums.flatten()
+        v = torch.cat([self.sums.flatten(), *(m.view(1) for m in means)])
         if self.world > 1:
             dist.all_reduce(v)
         v, now = v.tolist(), time.time()
@@ -389,7 +383,7 @@ class Run:
 
     def save(self, it, state):
         """Write ckpt.pt so that a kill at any moment leaves a loadable run, then obey a signal, if there was one."""
-        ckpt = {k: full(v.state_dict()) for k, v in state.items()}        # all ranks take part in gathering
+        ckpt = {k: full(dict(v.state_dict())) for k, v in state.items()}        # all ranks take part in gathering
         if self.rank == 0:
             ckpt |= dict(it=it, config=dataclasses.asdict(self.args), model=state["net"].spec)
             tmp, new, old = (self.dir / f"ckpt.{x}" for x in ("tmp", "pt", "prev.pt"))
@@ -466,9 +460,8 @@ class Run:
         last = {s["metric"]: s for s in figures(folder) if s["net"] == "teacher"}
         for line in last.values():
             self.append("eval.jsonl", line | dict(it=0))
-            grid = folder / "samples" / f"{line['it']:07d}_teacher.png"
-            if self.rank == 0 and grid.exists():
-                shutil.copy(grid, self.dir / "samples" / "0000000_teacher.png")
+        if self.rank == 0 and (grids := sorted((folder / "samples").glob("*_teacher.png"))):
+            shutil.copy(grids[-1], self.dir / "samples" / "0000000_teacher.png")
         return "fd_pixels" in last and self.args.fid in (0, last.get("fid", {}).get("n"))
 
     def finish(self, it, data, draw, **how):
@@ -510,8 +503,7 @@ def config_of(folder):
     """The flags of a run folder, with `about`. Raises BadInput."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config["about"]["script"], str):
-            raise ValueError
+        config["about"]["script"]
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"{folder} is no run folder: its config.json is missing or damaged")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
@@ -528,12 +520,8 @@ def figures(folder):
 
 def full(tree):
     """Gather every sharded tensor of a state dict: one checkpoint format, sharded run or not."""
-    if isinstance(tree, dict):
-        return {k: full(v) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [full(v) for v in tree]
-    tree = tree.full_tensor() if isinstance(tree, DTensor) else tree
-    return tree.cpu() if torch.is_tensor(tree) else tree
+    whole = lambda v: v.full_tensor() if isinstance(v, DTensor) else v
+    return tree_map(lambda v: whole(v).cpu() if torch.is_tensor(v) else v, tree)
 
 
 def shard_like(saved, owner):

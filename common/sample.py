@@ -5,7 +5,6 @@ Images from any run: a run folder, or one of its checkpoints. --out ends in .png
 --edit changes images without training; a .png then has three rows: the images, what the network gets to see of them
 (noisy, grey, coarse or with a hole), the result."""
 import importlib.util
-import math
 import sys
 from pathlib import Path
 
@@ -31,7 +30,6 @@ def flags(argv=None):
     ap = Parser(prog="python -m common.sample", allow_abbrev=False, description=__doc__.split("\n\n")[1])
     ap.add_argument("run", help="run folder, or a checkpoint in one")
     ap.add_argument("--steps", type=int, help="sampling steps [those of the run]")
-    ap.add_argument("--t-mid", "--t_mid", type=float, help="the run's --t-mid, in its own time [that of the run]")
     ap.add_argument("--ts", type=numbers, metavar="T,T,..",
                     help="all noise levels (standard deviations), descending, one step each")
     ap.add_argument("--find-ts", "--find_ts", action="store_true", help="search the second level of two by FD (pixels)")
@@ -54,31 +52,25 @@ def flags(argv=None):
     for flag, edits in FOR.items():
         if given(flag) and a.edit not in edits:
             raise BadInput(f"--{flag} is for --edit {' | '.join(edits)} alone; leave it out")
-    if a.find_ts and (given("t_mid", "ts", "edit", "out") or a.steps not in (None, 2)):
-        raise BadInput("--find-ts prints the best second level of two; leave out --steps, --t-mid, --ts, --edit, --out")
+    if a.find_ts and given("steps", "ts", "edit", "out"):
+        raise BadInput("--find-ts prints the best second level of two; leave out --steps, --ts, --edit, --out")
     if a.fid and not a.find_ts:
         raise BadInput("--fid is for --find-ts; of any images: --out some.npz, then python -m common.fid")
-    if a.ts and given("steps", "t_mid", "sigma") or a.edit in EDITS and given("steps", "t_mid"):
-        raise BadInput("--ts gives all levels, to --edit as well; leave out --steps, --t-mid and --sigma beside it")
+    if a.ts and given("steps", "sigma") or a.edit in EDITS and given("steps"):
+        raise BadInput("--ts gives all levels, to --edit as well; leave out --steps and --sigma beside it")
     return a
 
 
-def highest(args):
-    """The noise level at which the run's sampling begins."""
-    return args.t_max if hasattr(args, "t_max") else args.sigma_max
-
-
-def levels(a, args, net):
-    """The noise levels of --ts, --sigma or --edit, descending; None: the method's own. Raises BadInput."""
+def levels(a, high, net):
+    """The noise levels of --ts, --sigma or --edit, `high` or less; None: the method's own. Raises BadInput."""
     sigma = dict(stroke=1.0, denoise=0.5).get(a.edit) if a.sigma is None else a.sigma
     ts = a.ts
     if ts is None and sigma is not None:                 # stroke: two levels in the paper's ratio
         ts = (sigma, sigma * 2.24 / 5.38) if a.edit == "stroke" else (sigma,)
     elif ts is None:                                     # the last level is the boundary, where f is the identity
-        return edit.karras(highest(args), max(net.t_min, 0.002))[:-1] if a.edit in EDITS else None
-    if not ts or not ts[0] <= highest(args) or not all(t > r for t, r in zip(ts, (*ts[1:], net.t_min))):
-        raise BadInput(f"--ts and --sigma: noise levels descend, from {highest(args):g} or less, and end above "
-                       f"{net.t_min:g}")
+        return edit.karras(high, max(net.t_min, 0.002))[:-1] if a.edit in EDITS else None
+    if not ts or not ts[0] <= high or not all(t > r for t, r in zip(ts, (*ts[1:], net.t_min))):
+        raise BadInput(f"--ts and --sigma: noise levels descend, from {high:g} or less, and end above {net.t_min:g}")
     return ts
 
 
@@ -97,15 +89,13 @@ def images_of(a, args, config, size, channels):
 
 def labels_of(a, classes, own):
     """The labels to repeat: --classes, or the images' `own`, or all; None if the run has none. Raises BadInput."""
-    if not classes and a.classes:
-        raise BadInput("--classes: this run was not trained with --cond")
-    if classes and a.images and own is None and not a.classes:
-        raise BadInput(f"--images {a.images} has no labels, which this run needs; give --classes")
-    if not classes:
+    if not classes and not a.classes:
         return None
+    if a.images and own is None and not a.classes:
+        raise BadInput(f"--images {a.images} has no labels, which this run needs; give --classes")
     labels = torch.tensor(a.classes or range(classes)) if a.classes or own is None else own
     if labels.min() < 0 or labels.max() >= classes:
-        raise BadInput(f"--classes must lie in 0 .. {classes - 1}")
+        raise BadInput(f"--classes must lie in 0 .. {classes - 1}; without --cond a run has none")
     return labels
 
 
@@ -120,16 +110,11 @@ def run_of(a):
     args = method.Args(**{k: v for k, v in config.items() if k in method.Args.__dataclass_fields__})
     args.steps = args.steps if a.steps is None else a.steps
     args.data_dir = a.data_dir or args.data_dir
-    if a.t_mid is not None:
-        if not hasattr(args, "t_mid") or not 0 < a.t_mid < getattr(args, "t_max", math.pi / 2):
-            raise BadInput("--t-mid must lie between 0 and the run's --t-max; diffusion models have none")
-        args.t_mid = a.t_mid
     if name == "common.teacher" and (a.ts or a.find_ts or a.edit):
         raise BadInput("--ts, --find-ts and --edit are for consistency models; this run is a diffusion model")
     K = getattr(args, "boundaries", 1)
-    if K > 1 and (a.ts or a.find_ts or a.edit or a.t_mid is not None or args.steps != K):
-        raise BadInput(f"this run jumps from edge to edge of its {K} segments; leave out --ts, --find-ts, --edit, "
-                       "--t-mid and --steps")
+    if K > 1 and (a.ts or a.find_ts or a.edit or args.steps != K):
+        raise BadInput(f"this run jumps from edge to edge of its {K} segments: no --ts, --find-ts, --edit or --steps")
     if args.steps < 1 or a.batch < 1 or a.n is not None and a.n < 1:
         raise BadInput("--steps, --n and --batch must be at least 1")
     return method, args, config
@@ -146,8 +131,9 @@ def main(argv=None):
     device = device_of(a.device)
     net = teacher.load(a.run, device)
     size, channels, classes = (net.model.kwargs[k] for k in ("size", "channels", "classes"))
-    ts, mask, patch = levels(a, args, net), edit.mask_of(a.mask, size).to(device), a.patch
-    patch = max(2, size // 32) if patch is None else patch
+    high = getattr(args, "t_max", getattr(args, "sigma_max", None))      # the noise level at which sampling begins
+    ts, mask = levels(a, high, net), edit.mask_of(a.mask, size).to(device)
+    patch = max(2, size // 32) if a.patch is None else a.patch
     if a.edit == "superres" and (patch < 2 or size % patch):
         raise BadInput(f"--patch must be at least 2 and divide the {size} pixels of a side")
     if a.edit == "colorize" and channels == 1:
@@ -182,11 +168,11 @@ def main(argv=None):
         return sample(z, y)
 
     if a.find_ts:
-        name, score = "FD (pixels)", lambda images: fd_pixels(real, images)
-        if a.fid:
-            data = load(args.dataset, args.data_dir, args.size, device)
-            name, score = f"FID ({fid.MODE})", lambda images: fid.fid(data, images, args.data_dir)
-        return find(name, score, a.run, net, highest(args), draw, noise)
+        if not a.fid:
+            return find("FD (pixels)", lambda images: fd_pixels(real, images), a.run, net, high, draw, noise)
+        data = load(args.dataset, args.data_dir, args.size, device)
+        score = lambda images: fid.fid(data, images, args.data_dir)
+        return find(f"FID ({fid.MODE})", score, a.run, net, high, draw, noise)
     if a.edit in EDITS:
         seen, images = draw(edited).unbind(1)
         sheet = torch.cat([real[:n], seen, images])

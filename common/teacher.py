@@ -15,14 +15,14 @@ and digits are ours.
 """
 import io
 import math
-import pickletools
+import pickle
 import re
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from common import assets
@@ -218,11 +218,11 @@ def get(args, data, run, needed=False):
     if path.startswith(("http://", "https://")):
         path = download(path, args.data_dir)
     net = load(path, run.device)
-    mine, its = (args.sd, *data.images.shape[1:]), net.model.kwargs
-    theirs = (net.sd, its["channels"], its["size"], its["size"])
-    if mine != theirs or its["classes"] != (data.classes if args.cond else 0):
-        raise BadInput(f"the teacher {path} has (sd, channels, height, width) = {theirs} and {its['classes']} classes, "
-                       f"this run {mine} and {data.classes if args.cond else 0}; name another --teacher or train one")
+    its, mine = net.model.kwargs, (args.sd, *data.images.shape[1:3], data.classes if args.cond else 0)
+    theirs = (net.sd, its["channels"], its["size"], its["classes"])
+    if mine != theirs:
+        raise BadInput(f"the teacher {path} has (sd, channels, size, classes) = {theirs}, this run {mine}; "
+                       "name another --teacher or train one")
     raw = getattr(net, "raw", "edm")                      # the flow that its raw network was made for
     if hasattr(args, "flow"):
         args.flow = raw
@@ -248,12 +248,10 @@ def is_diffusion(net, path):
 
 def show(teacher, run, data):
     """The teacher's figures and grid beside the run's own: those of its folder, or measured now."""
-    if teacher is None or not teacher.diffuses or run.args.resume:              # resumed: they are there
-        return
-    if teacher.folder and run.adopt(teacher.folder):
-        return
-    draw = lambda noise, y: sample(teacher, noise, y, Args())
-    run.evaluate(0, data, draw, net="teacher", steps=Args.steps)
+    there = teacher is None or not teacher.diffuses or run.args.resume
+    if not there and not (teacher.folder and run.adopt(teacher.folder)):
+        draw = lambda noise, y: sample(teacher, noise, y, Args())
+        run.evaluate(0, data, draw, net="teacher", steps=Args.steps)
 
 
 def newest(args, data):
@@ -268,28 +266,26 @@ def newest(args, data):
 
 def train(args, run):
     """Train a teacher with the network and data of `args`; return its folder."""
-    argv = []
-    for k in [k for k in SAME if hasattr(args, k)]:
-        v, flag = getattr(args, k), k.replace("_", "-")
-        if isinstance(v, bool):
-            argv.append(f"--{flag}" if v else f"--no-{flag}")
-        else:
-            argv += [f"--{flag}", ",".join(map(str, v)) if isinstance(v, tuple) else str(v)]
-    if args.preset in PRESETS:
-        argv += ["--preset", args.preset]
-    if args.teacher_iters:
-        argv += ["--iters", str(args.teacher_iters)]
     say("training the teacher first")
-    args, parts = parse(Args, PRESETS, argv), run.world * args.accum
-    args.batch = math.ceil(args.batch / parts) * parts     # its preset does not know the number of ranks
-    return main(args)["run"]
+    argv = ["--dataset", args.dataset, "--device", args.device]
+    its = parse(Args, PRESETS, argv + (["--preset", args.preset] if args.preset in PRESETS else []))
+    for k in SAME:
+        setattr(its, k, getattr(args, k, getattr(its, k)))
+    its.iters, parts = args.teacher_iters or its.iters, run.world * args.accum
+    its.batch = math.ceil(its.batch / parts) * parts       # its preset does not know the number of ranks
+    return main(its)["run"]
 
 
 # ==== 6. Released checkpoints =====================================================================
-# EDM's .pkl files hold Python objects together with their source code, which NVIDIA's loader executes. This reader
-# executes nothing. It knows the opcodes and names that such files need, makes plain data of them, and refuses the rest
-# by name; time and memory stay in proportion to the file, which Python's own unpickler does not promise.
+# EDM's .pkl files hold Python objects together with their source code, which NVIDIA's loader executes. Here every name
+# that a file asks for becomes inert data, or is refused; nothing that a file names is imported or called.
 RELEASED = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{}-{}.pkl"
+STORAGES = {"torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
+            "torch.BFloat16Storage": torch.bfloat16, "torch.DoubleStorage": torch.float64}
+KNOWN = {"torch_utils.persistence._reconstruct_persistent_obj", "torch.nn.modules.container.ModuleDict",
+         "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes",
+         "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "collections.OrderedDict",
+         "dnnlib.util.EasyDict", "builtins.set", "__builtin__.set", "builtins.getattr", *STORAGES}
 
 
 def released(args):
@@ -304,138 +300,60 @@ def released(args):
 
 def download(url, data_dir):
     """The local path of a released checkpoint, fetched once into `data_dir`. Raises BadInput."""
-    def get(file):
-        torch.hub.download_url_to_file(url, str(file))
     path = Path(data_dir) / url.rsplit("/", 1)[-1]
-    hint = ", or train a teacher first: --teacher train"
-    assets.fetch(path, [(f"{url} (CC BY-NC-SA 4.0: not for commercial use)", get)], read_released, hint)
+    sources = [(f"{url} (CC BY-NC-SA 4.0: not for commercial use)", partial(torch.hub.download_url_to_file, url))]
+    assets.fetch(path, sources, read_released, ", or train a teacher first: --teacher train")
     return str(path)
 
 
-class Inert:
-    """An object of the file: the name of its class and its attributes, none of its code."""
-    def __init__(self, name="", *_):
-        self.name, self.state = name, {}
+class Inert(dict):
+    """An object of the file: the arguments of the call that made it, its items and attributes, none of its code."""
+    args, state = (), {}
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
 
 
-def persistent(meta):
-    if meta["type"] != "class" or meta["version"] != 6:
-        raise ValueError("its objects are stored in an unknown version of EDM's format")
-    thing = Inert(meta["class_name"])
-    thing.state = meta["state"]
-    return thing
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        name = f"{module}.{name}"
+        if name not in KNOWN:
+            raise ValueError(f"it asks for {name}, which this reader does not know and will not load")
+        return type(name, (Inert,), {})
+
+    def persistent_load(self, key):
+        return key
+
+
+def tensor(weight):
+    """The tensor of an Inert parameter or buffer, float32."""
+    if type(weight).__name__ == "torch._utils._rebuild_parameter":
+        weight = weight.args[0]
+    data, offset, size, stride = weight.args[:4]
+    return storage(data.args[0]).as_strided(size, stride, offset).to(torch.float32, copy=True)
 
 
 def storage(data):
     """The 1-D tensor of a legacy torch.save stream: five pickles (magic number, version, machine, what the storage is,
     its key), the count of values, the values."""
-    f = io.BytesIO(data[:4096])                           # the five take a few hundred bytes
-    magic, version, _, (_, dtype, _, _, count, _), _ = (unpickle(f, STORAGES) for _ in range(5))
-    start = f.tell() + 8
+    f = io.BytesIO(data)
+    magic, version, _, (_, kind, _, _, count, _), _ = (Unpickler(f).load() for _ in range(5))
+    start, dtype = f.tell() + 8, STORAGES[kind.__name__]
     if magic != 0x1950A86A20F9469CFC6C or version != 1001 or len(data) - start != count * dtype.itemsize:
         raise ValueError("a tensor's storage is damaged")
-    return torch.frombuffer(data, dtype=dtype, offset=start)
+    return torch.frombuffer(bytearray(data), dtype=dtype, offset=start)
 
 
-def tensor(values, offset, size, stride, *_):
-    n, ints = len(values), (offset, *size, *stride)       # checked first: a product may be longer than the memory
-    if (not all(type(i) is int and 0 <= i <= n for i in ints) or len(size) > 4 or math.prod(size) > n
-            or offset + sum((i - 1) * step for i, step in zip(size, stride)) >= n):
-        raise ValueError("a tensor reaches beyond its storage")
-    return values.as_strided(size, stride, offset)
-
-
-def scalar(dtype, data):
-    if dtype.name not in ("f8", "f4", "i8"):
-        raise ValueError("a number in it is of unknown type")
-    return np.frombuffer(data, dtype.name, count=1).item()
-
-
-FILE = {
-    "torch_utils.persistence._reconstruct_persistent_obj": persistent,
-    "torch.nn.modules.container.ModuleDict": Inert,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_tensor_v2": tensor,
-    "torch.storage._load_from_bytes": storage,            # never torch's own: it unpickles anything
-    "numpy.core.multiarray.scalar": scalar, "numpy._core.multiarray.scalar": scalar, "numpy.dtype": Inert,
-    "collections.OrderedDict": lambda: {}, "dnnlib.util.EasyDict": lambda: {},    # filled by later opcodes
-    "builtins.set": Inert, "__builtin__.set": Inert,      # nothing that we read
-    "builtins.getattr": Inert,                            # in ECT's files; the real one is a way out of here
-}
-STORAGES = {f"torch.{k}Storage": v for k, v in dict(
-    Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Double=torch.float64, Long=torch.int64,
-    Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
-VALUES = set("BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES "
-             "BINBYTES8".split())
-EMPTY = dict(NONE=lambda: None, NEWTRUE=lambda: True, NEWFALSE=lambda: False, EMPTY_TUPLE=tuple, EMPTY_LIST=list,
-             EMPTY_DICT=dict, EMPTY_SET=list)             # a list: our sets hold nothing that we read
-TAKES = dict(POP=1, APPEND=1, BUILD=1, BINPERSID=1, TUPLE1=1, TUPLE2=2, TUPLE3=3, SETITEM=2, STACK_GLOBAL=2, REDUCE=2,
-             NEWOBJ=2, TUPLE=0, APPENDS=0, ADDITEMS=0, SETITEMS=0, POP_MARK=0)  # 0: all since the last mark
-
-
-def unpickle(f, allowed):
-    """The next pickle in the stream f as plain data. allowed: {name of a global: what stands in for it}."""
-    stack, marks, memo = [], [], {}
-    for n, (op, arg, _) in enumerate(pickletools.genops(f)):
-        op, top = op.name, []
-        if n == 10**6:                                    # EDM's own networks take less than a tenth of that
-            raise ValueError("it has too many parts for a checkpoint")
-        if op in TAKES:
-            i = len(stack) - TAKES[op] if TAKES[op] else marks.pop()
-            if not 0 <= i <= len(stack):
-                raise ValueError("its pickle is damaged")
-            top = stack[i:]
-            del stack[i:]
-        if op in VALUES:
-            stack.append(bytearray(arg) if type(arg) is bytes else arg)     # torch wants to own a tensor's memory
-        elif op in EMPTY:
-            stack.append(EMPTY[op]())
-        elif op == "MARK":
-            marks.append(len(stack))
-        elif op.startswith("TUPLE"):
-            stack.append(tuple(top))
-        elif op in ("APPEND", "APPENDS", "ADDITEMS") and type(stack[-1]) is list:
-            stack[-1].extend(top)
-        elif op in ("SETITEM", "SETITEMS") and type(stack[-1]) is dict and all(type(k) is str for k in top[::2]):
-            stack[-1].update(zip(top[::2], top[1::2]))
-        elif op in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-            memo[len(memo) if arg is None else arg] = stack[-1]
-        elif op in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[arg])
-        elif op in ("GLOBAL", "STACK_GLOBAL"):
-            name = ".".join(top or arg.split(" "))
-            if name not in allowed:
-                raise ValueError(f"it asks for {name}, which this reader does not know and will not load")
-            stack.append(allowed[name])
-        elif op in ("REDUCE", "NEWOBJ") and type(top[1]) is tuple and len(top[1]) < 9:
-            stack.append(top[0](*top[1]))
-        elif op == "BUILD" and type(stack[-1]) is Inert:
-            stack[-1].state = top[0]
-        elif op == "BINPERSID" and allowed is STORAGES:
-            stack.append(top[0])
-        elif op == "STOP":
-            return stack[-1]
-        elif op not in ("PROTO", "FRAME", "POP", "POP_MARK"):
-            raise ValueError(f"it uses the pickle opcode {op} in a way that no checkpoint needs")
-
-
-def state_dict(module, prefix="", seen=None):
+def state_dict(module, prefix=""):
     """The tensors of an Inert module by name, in the order of torch's state_dict."""
-    out, seen = {}, set() if seen is None else seen
-    if id(module) in seen:
-        raise ValueError("a module in it is part of itself or of two others")
-    seen.add(id(module))
-    for group in ("_parameters", "_buffers", "_modules"):
-        for k, v in module.state.get(group, {}).items():
-            name = prefix + k[:200]
-            if len(name) > 200:
-                raise ValueError("its names are too long")
-            if v is not None and group == "_modules":
-                out |= state_dict(v, name + ".", seen)
-            elif v is not None:
-                if not torch.is_tensor(v) or not v.is_floating_point():
-                    raise ValueError(f"{name} is not a tensor of floating-point numbers")
-                out[name] = v
+    state = module.args[0]["state"] if module.args else module.state      # EDM's own classes; torch's ModuleDict
+    tensors = state.get("_parameters", {}) | state.get("_buffers", {})
+    out = {prefix + k: tensor(v) for k, v in tensors.items() if v is not None}
+    for k, v in state.get("_modules", {}).items():
+        out |= state_dict(v, f"{prefix}{k}.")
     return out
 
 
@@ -443,27 +361,21 @@ def read_released(path):
     """(spec for `build`, weights) of the averaged network in an EDM or ECT .pkl. Raises ValueError, or what else a
     damaged file leads to."""
     with open(path, "rb") as f:
-        parts = unpickle(f, FILE)
-    net = parts.get("ema") if type(parts) is dict else None
-    if type(net) is not Inert or net.name not in ("EDMPrecond", "ECMPrecond"):
-        name = net.name if type(net) is Inert and type(net.name) is str else "what it holds"
-        raise ValueError(f"{name} is not supported, only EDMPrecond and ECMPrecond")
+        net = Unpickler(f).load()["ema"]
+    meta = net.args[0]
+    if meta["class_name"] not in ("EDMPrecond", "ECMPrecond") or meta["version"] != 6:
+        raise ValueError(f"{meta['class_name']} {meta['version']} is not supported, only EDMPrecond and ECMPrecond 6")
     weights = state_dict(net)
-    if sum(v.numel() for v in weights.values()) > Path(path).stat().st_size:
-        raise ValueError("its tensors share their storage")
-    weights = {k: v.to(torch.float32, copy=True) for k, v in weights.items()}
     weights.pop("model.map_augment.weight", None)         # augmentation labels are zero when sampling
-    sd, t_min = float(net.state["sigma_data"]), float(net.state["sigma_min"])
-    if not 0 < sd < math.inf or not 0 <= t_min < math.inf:
-        raise ValueError("its sigma_data or sigma_min is not a noise level")
-    kwargs = shape_of(weights)
-    return dict(flow="edm", net=kwargs["net"], kwargs=kwargs, sd=sd, t_min=t_min), weights
+    kwargs, state = shape_of(weights), meta["state"]
+    return dict(flow="edm", net=kwargs["net"], kwargs=kwargs, sd=float(state["sigma_data"]),
+                t_min=float(state["sigma_min"])), weights
 
 
 def shape_of(weights):
     """The arguments of UNet, read off the names and shapes of its weights."""
     first = next((k for k in weights if re.fullmatch(r"model\.enc\.(\d{1,4})x\1_conv\.weight", k)), None)
-    if not first or first.replace("conv", "block0.norm0") not in weights:
+    if not first:
         raise ValueError("it holds no U-Net")
     net = "adm" if "model.out_norm.weight" in weights else "ncsnpp" if "model.map_noise.freqs" in weights else "ddpmpp"
     size, (width, channels) = int(re.search(r"(\d+)x", first)[1]), weights[first].shape[:2]

@@ -56,7 +56,7 @@ def test_guidance_needs_a_teacher_that_knows_the_classes(guide, tmp_path, capsys
     with pytest.raises(BadInput):
         cd.main(parse(cd.Args, cd.PRESETS, ["--device", "cpu", "--out", str(tmp_path / "runs"), "--teacher", path, "--sd",
                                             "0.75", "--guidance", "2", "--cond"]))
-    assert "0 classes" in capsys.readouterr().err and snapshot(tmp_path) == before
+    assert "classes) = (0.75, 1, 8, 0)" in capsys.readouterr().err and snapshot(tmp_path) == before
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_a_run_of_segments_is_sampled_in_its_own_steps(train, tmp_path, capsys):
     metrics, run = train("cd", "--teacher", str(teacher), "--boundaries", "2", "--iters", "1")
     assert "fd_pixels_2step" in metrics and "fd_pixels_1step" not in metrics
     from common import sample
-    for argv in (["--ts", "80,1"], ["--edit", "inpaint"], ["--find-ts"], ["--steps", "3"], ["--t-mid", "0.5"]):
+    for argv in (["--ts", "80,1"], ["--edit", "inpaint"], ["--find-ts"], ["--steps", "3"]):
         with pytest.raises(SystemExit) as e:
             sample.main([str(run), *argv])
         assert e.value.code == 2 and "segments" in capsys.readouterr().err

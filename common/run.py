@@ -26,7 +26,6 @@ AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_ev
                 sigma_rel=0)
 POSITIVE = ("lr", "sd", "t_min", "rho", "mu0", "sigma_max")
 FD_IMAGES = 2048                                                # at most, for fd_pixels
-EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
 
 class BadInput(SystemExit):
@@ -65,9 +64,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(cls, presets, argv=None):
     """The flags of `argv` as a `cls`: explicit flag > resumed run's config > preset of the --mode, if any > preset >
-    default of `cls`.
-
-    A field's default gives the type, its trailing comment the help. Raises BadInput."""
+    default of `cls`. The trailing comment of a field is the help. Raises BadInput."""
     source = inspect.getsource(cls)
     ap = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [--flag value ..]",
                 formatter_class=argparse.RawDescriptionHelpFormatter, description=sys.modules[cls.__module__].__doc__)
@@ -135,8 +132,7 @@ def noise_of(ids, k, shape, device, seed=0):
 
 
 def picture(images, cols=0):
-    """uint8 [N, C, H, W] -> one PIL image, `cols` to a row with grey lines between them; small images are enlarged
-    without smoothing."""
+    """uint8 [N, C, H, W] -> one PIL image, `cols` to a row, grey lines between them; copies enlarge small pixels."""
     n, c, h, w = images.shape
     cols = min(cols or math.ceil(n**0.5), n)
     rows, zoom = math.ceil(n / cols), max(1, 32 // h)
@@ -152,8 +148,7 @@ class Run:
 
     def __init__(self, args, file):
         dev = device_of(args.device)
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device(f"cuda:{local}" if dev == "cuda" else dev)
+        self.device = torch.device(dev, int(os.environ.get("LOCAL_RANK", 0)) if dev == "cuda" else None)
         self.device_name = f"{dev}, {torch.get_num_threads()} threads"
         if dev == "cuda":
             torch.cuda.set_device(self.device)
@@ -164,12 +159,11 @@ class Run:
             backend = dict(backend="nccl", device_id=self.device) if dev == "cuda" else dict(backend="gloo")
             dist.init_process_group(**backend)
             atexit.register(dist.destroy_process_group)
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.args, self.file, self.skips = args, file, 0
         self.signum = self.stopping = 0                         # the signal of this rank; of any rank
         self.evaluating, self.evaluated = False, -1             # now; the last step that was
-        self.edges = torch.tensor(EDGES, device=self.device)
+        self.edges = torch.logspace(-2, 2, 7).to(self.device)             # of 8 bins of the noise level
         self.check(args)
 
     def check(self, args):
@@ -303,13 +297,12 @@ class Run:
         own = torch.stack([bad.float(), torch.full_like(loss[0], self.signum != 0)])
         flags = own
         if self.world > 1:
-            if self.args.shard:                                 # FSDP2 has averaged them already
-                dist.all_reduce(flags := own.clone())
-            else:
-                flat = torch.cat([g.flatten() for g in grads] + [own])
-                dist.all_reduce(flat)
-                *means, flags = flat.div_(self.world).split([g.numel() for g in grads] + [2])
-                torch._foreach_copy_(grads, [m.view_as(g) for m, g in zip(means, grads)])
+            mine = [] if self.args.shard else grads             # FSDP2 has averaged them already
+            flat = torch.cat([g.flatten() for g in mine] + [own])
+            dist.all_reduce(flat)
+            *means, flags = flat.div_(self.world).split([g.numel() for g in mine] + [2])
+            if mine:
+                torch._foreach_copy_(mine, [m.view_as(g) for m, g in zip(means, mine)])
         bad, stop = (flags > 0).tolist()                        # the one host read of a step
         if stop:                                                # now all ranks know it, at the same step
             self.stopping = self.signum or signal.SIGTERM
@@ -425,9 +418,8 @@ class Run:
         return out[:n].cpu()
 
     def evaluate(self, it, data, draw, net="ema", steps=None):
-        """Draw a grid and measure fd_pixels, and --fid when it is due, for 1 and for --steps sampling steps (or `steps`
-        alone); `draw(noise, y)` turns noise [k,b,C,H,W] into images. The noise is the same at every step of training
-        and in every run."""
+        """Draw a grid and measure fd_pixels, and --fid when it is due, for 1 and for --steps sampling steps, or for
+        `steps` alone; `draw(noise, y)` turns noise [k,b,C,H,W] into images. The noise is always the same."""
         a, start = self.args, time.time()
         self.evaluating, n, many = True, min(len(data.images), FD_IMAGES), a.fid if self.fid_due(it) else 0
         g = torch.Generator().manual_seed(0)
@@ -476,9 +468,9 @@ class Run:
             if rows:
                 say(f"\n{title} of {rows[0]['n']:,} images, lower is better")
             for s in rows:
-                start, step = ("teacher, ", "Heun step") if s["net"] == "teacher" else ("", "step")
-                t_mid = f", t_mid {s['t_mid']:g}" if s["t_mid"] else ""
-                say(f"  {start + str(s['steps']) + ' ' + step + 's' * (s['steps'] > 1) + t_mid:26}{s['value']:8.3f}")
+                label = f"teacher, {s['steps']} Heun step" if s["net"] == "teacher" else f"{s['steps']} step"
+                label += "s" * (s["steps"] > 1) + (f", t_mid {s['t_mid']:g}" if s["t_mid"] else "")
+                say(f"  {label:26}{s['value']:8.3f}")
                 result[f"{metric}_{name(s)}"] = s["value"]
         say(f"grids in {self.dir / 'samples'}, weights in {self.dir / 'ckpt.pt'}")
         return result
@@ -499,7 +491,7 @@ def config_of(folder):
     """The flags of a run folder, with `about`. Raises BadInput."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
-        config["about"]["script"]
+        config["about"]["script"]                               # or KeyError
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"{folder} is no run folder: its config.json is missing or damaged")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
@@ -539,8 +531,7 @@ def shard_like(saved, owner):
 def load_checkpoint(path):
     """The newest readable checkpoint of a run folder, or a checkpoint file, on the CPU; BadInput if there is none."""
     path = Path(path)
-    files = [path / "ckpt.pt", path / "ckpt.prev.pt"] if path.is_dir() else [path]
-    for f in files:
+    for f in [path / "ckpt.pt", path / "ckpt.prev.pt"] if path.is_dir() else [path]:
         try:
             return torch.load(f, map_location="cpu", weights_only=True)
         except FileNotFoundError:

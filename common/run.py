@@ -1,10 +1,11 @@
 """What a training script needs that is not mathematics: flags, ranks, seeds, run folder, log, checkpoint, signals.
 Nothing in here knows which method is running."""
 import argparse, atexit, contextlib, dataclasses, glob, hashlib, inspect, json, math, os, re
-import shutil, signal, subprocess, sys, time
+import resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -17,15 +18,15 @@ from tqdm import tqdm
 from common import fid
 
 ROOT = Path(__file__).resolve().parent.parent
-DATASETS, PRESETS = ("digits", "mnist", "fashion_mnist", "cifar10"), ("small", "fast", "paper")
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips",
               "fid", "fid_every", "device", "data_dir", "out", "resume"}      # on resume; the rest defines the run
 AT_LEAST = dict(steps=1, iters=1, batch=1, accum=1, grid=1, log_every=1, save_every=1, blocks=1, double=1, ch=4, q=1,
-                warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0, mu=0, P_std=0, guidance=0,
-                boundaries=1, s0=2, H=0, decay=0,
-                loss_scale=0, lambda_dmd=0, F=2, N_max=1, fake_lr=0, D_std=0, sigma_rel=0)
+                warmup=0, max_skips=0, fid=0, fid_every=0, dropout=0, ema=0, size=0, c=0, k=0, mu=0, P_std=0, F=2,
+                guidance=0, boundaries=1, s0=2, H=0, decay=0, loss_scale=0, lambda_dmd=0, N_max=1, fake_lr=0, D_std=0,
+                sigma_rel=0)
+POSITIVE = ("lr", "sd", "t_min", "rho", "mu0", "sigma_max")
 FD_IMAGES = 2048                                                # at most, for fd_pixels
-EDGES = [10 ** (-2 + 2 * i / 3) for i in range(7)]              # 8 log-spaced bins of the noise level
 
 
 class BadInput(SystemExit):
@@ -35,6 +36,13 @@ class BadInput(SystemExit):
         self.message = message
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {message}", file=sys.stderr)
+
+
+def refuse(rules):
+    """Raise BadInput with the first message of rules [(wrong, message)] that applies."""
+    for wrong, message in rules:
+        if wrong:
+            raise BadInput(message)
 
 
 def say(text):
@@ -57,44 +65,39 @@ class Parser(argparse.ArgumentParser):
 
 def parse(cls, presets, argv=None):
     """The flags of `argv` as a `cls`: explicit flag > resumed run's config > preset of the --mode, if any > preset >
-    default of `cls`.
-
-    A field's default gives the type, its trailing comment the help. Raises BadInput."""
+    default of `cls`. The trailing comment of a field is the help. Raises BadInput."""
     source = inspect.getsource(cls)
     ap = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [--flag value ..]",
                 formatter_class=argparse.RawDescriptionHelpFormatter, description=sys.modules[cls.__module__].__doc__)
     for f in dataclasses.fields(cls):
         note = re.search(rf"^    {f.name}:.*?  #\s*(.*)$", source, re.M)
         text = f"{note[1] if note else ''} [{f.default}]".replace("%", "%%")
-        if isinstance(f.default, bool):
+        kind = dict(type=integers if f.type is tuple else f.type, metavar=f.type.__name__)
+        if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)            # --bf16 / --no-bf16
-        elif get_origin(f.type) is Literal:
-            kind = dict(choices=get_args(f.type))
-        elif isinstance(f.default, tuple):
-            kind = dict(type=integers, metavar="N,N,..")
-        else:
-            kind = dict(type=type(f.default), metavar=type(f.default).__name__)
+        elif choices := get_args(f.type):                                 # of a Literal
+            kind = dict(choices=choices)
         ap.add_argument(*dict.fromkeys(["--" + f.name.replace("_", "-"), "--" + f.name]), help=text, **kind)
     given = vars(ap.parse_args(argv))
     if given.get("resume"):
         return resumed(cls, given)
-    args = cls()
-    dataset, preset = given.get("dataset", args.dataset), given.get("preset", args.preset)
-    if dataset == "digits":
-        if preset != "auto":
+    args = cls(**given)
+    if args.dataset == "digits":
+        if args.preset != "auto":
             raise BadInput("the digits have one preset; leave --preset out")
-        chosen = dict(presets[(preset := "digits")])
+        preset, chosen = "digits", presets["digits"]
     else:
-        if preset == "auto":
-            cuda = given.get("device", args.device) in ("auto", "cuda") and torch.cuda.is_available()
-            preset = "small" if not cuda else "fast" if "fast" in presets else "paper"
+        cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
+        best = "small" if not cuda else "fast" if "fast" in presets else "paper"
+        preset = best if args.preset == "auto" else args.preset
         if preset not in presets:
-            raise BadInput(f"there is no --preset {preset} here; take one of {[p for p in PRESETS if p in presets]}")
-        data = presets.get(dataset if dataset in DATASETS else "folder", {})
+            raise BadInput(f"there is no --preset {preset} here; leave it out")
+        data = presets.get(args.dataset if args.dataset in DATASETS else "folder", {})
         chosen = presets[preset] | data | dict(preset=preset)
+    chosen = chosen | presets.get(given.get("mode"), {})
     if "cost" in chosen:
         say(f"preset {preset}: {chosen.pop('cost')}")
-    return cls(**chosen | presets.get(given.get("mode"), {}) | given)
+    return cls(**chosen | given)
 
 
 def integers(text):
@@ -109,8 +112,7 @@ def resumed(cls, given):
     may = MAY_CHANGE - set(getattr(cls, "fixed", ()))
     wrong = [k for k, v in given.items() if k not in may and v != old.get(k)]
     if wrong:
-        flag = wrong[0].replace("_", "-")
-        raise BadInput(f"--{flag} defines the run and cannot change on --resume; start a new run instead")
+        raise BadInput(f"--{wrong[0].replace('_', '-')} defines the run, --resume cannot change it; start a new run")
     return cls(**old | given)
 
 
@@ -131,8 +133,7 @@ def noise_of(ids, k, shape, device, seed=0):
 
 
 def picture(images, cols=0):
-    """uint8 [N, C, H, W] -> one PIL image, `cols` to a row with grey lines between them; small images are enlarged
-    without smoothing."""
+    """uint8 [N, C, H, W] -> one PIL image, `cols` to a row, grey lines between them; copies enlarge small pixels."""
     n, c, h, w = images.shape
     cols = min(cols or math.ceil(n**0.5), n)
     rows, zoom = math.ceil(n / cols), max(1, 32 // h)
@@ -148,51 +149,43 @@ class Run:
 
     def __init__(self, args, file):
         dev = device_of(args.device)
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device(f"cuda:{local}" if dev == "cuda" else dev)
+        self.device = torch.device(dev, int(os.environ.get("LOCAL_RANK", 0)) if dev == "cuda" else None)
+        self.device_name = f"{dev}, {torch.get_num_threads()} threads"
         if dev == "cuda":
             torch.cuda.set_device(self.device)
+            self.device_name = torch.cuda.get_device_name(self.device)
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")          # TF32
         if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
             backend = dict(backend="nccl", device_id=self.device) if dev == "cuda" else dict(backend="gloo")
             dist.init_process_group(**backend)
             atexit.register(dist.destroy_process_group)
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.args, self.file, self.skips = args, file, 0
         self.signum = self.stopping = 0                         # the signal of this rank; of any rank
         self.evaluating, self.evaluated = False, -1             # now; the last step that was
-        self.edges = torch.tensor(EDGES, device=self.device)
+        self.edges = torch.logspace(-2, 2, 7).to(self.device)             # of 8 bins of the noise level
         self.check(args)
 
     def check(self, args):
         """Bounds that no type expresses. Raises BadInput."""
-        parts, t_mid = self.world * args.accum, getattr(args, "t_mid", 1.0)
-        for name, low in AT_LEAST.items():
-            if not getattr(args, name, low) >= low:             # NaN is refused, too
-                raise BadInput(f"--{name.replace('_', '-')} must be at least {low}")
-        for name in ("lr", "sd", "t_min", "rho", "mu0", "sigma_max"):
-            if not 0 < getattr(args, name, 1) < math.inf:
-                raise BadInput(f"--{name.replace('_', '-')} must be positive")
-        if max(args.dropout, args.ema, getattr(args, "mu", 0)) >= 1:
-            raise BadInput("--dropout, --ema and --mu must be below 1")
-        if getattr(args, "sigma_rel", 0) > 0.28:
-            raise BadInput("--sigma-rel must be at most 0.28: 0.29 weighs all updates alike")
-        if args.batch % parts:
-            raise BadInput(f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}")
-        if args.ch % 4:
-            raise BadInput("--ch must be a multiple of 4")
-        if min(args.mult, default=0) < 1:
-            raise BadInput("--mult takes one number, at least 1, for each resolution: such as 1,2,2")
-        if args.shard and self.world == 1:
-            raise BadInput("--shard needs several ranks; start with torchrun")
-        if not getattr(args, "t_min", 0) < t_mid < getattr(args, "t_max", math.pi / 2):
-            raise BadInput("--t-mid must lie between 0, or --t-min, and --t-max, or pi/2")
-        if getattr(args, "s0", 0) > getattr(args, "s1", math.inf):
-            raise BadInput("--s0 must not exceed --s1")
-        if hasattr(args, "jvp") and args.compile and args.dropout:
-            raise BadInput("--compile: compiled and differentiated networks drop different units; add --dropout 0")
+        value = lambda name, default: getattr(args, name, default)        # methods lack some
+        refuse((not value(k, low) >= low, f"--{k.replace('_', '-')} must be at least {low}")    # NaN is refused, too
+               for k, low in AT_LEAST.items())
+        refuse((not 0 < value(k, 1) < math.inf, f"--{k.replace('_', '-')} must be positive") for k in POSITIVE)
+        refuse([
+            (max(args.dropout, args.ema, value("mu", 0)) >= 1, "--dropout, --ema and --mu must be below 1"),
+            (value("sigma_rel", 0) > 0.28, "--sigma-rel must be at most 0.28: 0.29 weighs all updates alike"),
+            (args.batch % (self.world * args.accum),
+             f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}"),
+            (args.ch % 4, "--ch must be a multiple of 4"),
+            (min(args.mult, default=0) < 1, "--mult takes one number, at least 1, for each resolution: such as 1,2,2"),
+            (args.shard and self.world == 1, "--shard needs several ranks; start with torchrun"),
+            (not value("t_min", 0) < value("t_mid", 1) < value("t_max", math.pi / 2),
+             "--t-mid must lie between 0, or --t-min, and --t-max, or pi/2"),
+            (value("s0", 0) > value("s1", math.inf), "--s0 must not exceed --s1"),
+            (hasattr(args, "jvp") and args.compile and args.dropout,
+             "--compile: compiled and differentiated networks drop different units; add --dropout 0")])
         if args.fid:
             fid.inception(args.data_dir, self.device)           # now, and not after a day of training
 
@@ -228,7 +221,10 @@ class Run:
         """Create the run folder, or restore `state` ({name: module or optimiser}) from it with --resume; return the
         step to go on from. From here on Ctrl-C and SIGTERM finish the step and save."""
         a, net = self.args, state["net"]
-        self.dir = Path(a.resume or self.new_folder(data.name))
+        name = [None if a.resume else self.new_folder(data.name)]
+        if self.world > 1:
+            dist.broadcast_object_list(name)                    # rank 0 chose it
+        self.dir = Path(a.resume or name[0])
         it = self.restore(state, data) if a.resume else 0
         if self.rank == 0:
             self.write_config(data)
@@ -243,39 +239,34 @@ class Run:
             f"  data      {data.name}, {n:,} images {'x'.join(map(str, size))}\n"
             f"  network   {a.net}, {count / 1e6:.2f} M parameters\n"
             f"  training  {left:,} steps x {a.batch} images = {left * a.batch / 1e6:.3g} M images\n"
-            f"  device    {self.device_name()} x {self.world}")
+            f"  device    {self.device_name} x {self.world}")
         self.bar = tqdm(total=a.iters, initial=it, disable=self.rank != 0, dynamic_ncols=True,
                         desc=self.dir.name, mininterval=0.5)
         return it
 
     def new_folder(self, dataset):
         stem = "-".join(filter(None, [Path(self.file).stem, getattr(self.args, "mode", ""), dataset]))
-        taken = [int(p.name[len(stem) + 1:]) for p in numbered(self.args.out, stem)]
-        name = [Path(self.args.out) / f"{stem}-{max(taken, default=-1) + 1:03d}"]
-        if self.world > 1:
-            dist.broadcast_object_list(name)                    # rank 0 chooses
+        taken = numbered(self.args.out, stem)
+        folder = Path(self.args.out) / f"{stem}-{int(taken[-1].name[len(stem) + 1:]) + 1 if taken else 0:03d}"
         if self.rank == 0:
             try:
-                (name[0] / "samples").mkdir(parents=True)
+                (folder / "samples").mkdir(parents=True)
             except OSError as e:
                 raise BadInput(f"--out {self.args.out}: {e.strerror}; name a folder that can be written")
-        return name[0]
+        return str(folder)
 
     def write_config(self, data):
         here = Path(self.file).resolve()
-        about = dict(script=script(self.file), argv=sys.argv, commit=commit(), torch=torch.__version__,
-                     ranks=self.world, device=self.device_name(), data_sha256=data.sha256)
+        git = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
+        about = dict(script=script(self.file), argv=sys.argv, commit=git.stdout.strip(), torch=torch.__version__,
+                     ranks=self.world, device=self.device_name, data_sha256=data.sha256)
         flags = dataclasses.asdict(self.args) | dict(resume="")
-        (self.dir / "config.tmp").write_text(json.dumps(flags | dict(about=about), indent=1), encoding="utf-8")
+        (self.dir / "config.tmp").write_text(json.dumps(flags | dict(about=about), indent=1))
         os.replace(self.dir / "config.tmp", self.dir / "config.json")
         if not (self.dir / "source").exists():
             skip = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / "common", self.dir / "source/common", ignore=skip)
             shutil.copy(here, self.dir / "source" / here.relative_to(ROOT))
-
-    def device_name(self):
-        other = f"{self.device}, {torch.get_num_threads()} threads"
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else other
 
     def on_signal(self, signum, frame):
         self.signum = signum
@@ -307,13 +298,12 @@ class Run:
         own = torch.stack([bad.float(), torch.full_like(loss[0], self.signum != 0)])
         flags = own
         if self.world > 1:
-            if self.args.shard:                                 # FSDP2 has averaged them already
-                dist.all_reduce(flags := own.clone())
-            else:
-                flat = torch.cat([g.flatten() for g in grads] + [own])
-                dist.all_reduce(flat)
-                *means, flags = flat.div_(self.world).split([g.numel() for g in grads] + [2])
-                torch._foreach_copy_(grads, [m.view_as(g) for m, g in zip(means, grads)])
+            mine = [] if self.args.shard else grads             # FSDP2 has averaged them already
+            flat = torch.cat([g.flatten() for g in mine] + [own])
+            dist.all_reduce(flat)
+            *means, flags = flat.div_(self.world).split([g.numel() for g in mine] + [2])
+            if mine:
+                torch._foreach_copy_(mine, [m.view_as(g) for m, g in zip(means, mine)])
         bad, stop = (flags > 0).tolist()                        # the one host read of a step
         if stop:                                                # now all ranks know it, at the same step
             self.stopping = self.signum or signal.SIGTERM
@@ -331,10 +321,9 @@ class Run:
     def skip(self, it, t, loss, mine):
         finite = loss.isfinite()
         worst, what = (t, "gradient") if finite.all() else (t[~finite], "loss")
-        text = (f"step {it}, seed {self.args.seed}, rank {self.rank}: {what} not finite, noise levels "
-                f"{worst.min():.4g} .. {worst.max():.4g} ({len(worst)} of {len(t)} images)")
-        if not mine:
-            text = f"step {it}, seed {self.args.seed}: not finite on another rank, which says where"
+        where = (f"rank {self.rank}: {what} not finite, noise levels {worst.min():.4g} .. {worst.max():.4g} "
+                 f"({len(worst)} of {len(t)} images)" if mine else "not finite on another rank, which says where")
+        text = f"step {it}, seed {self.args.seed}, {where}"
         self.skips += 1
         if self.skips > self.args.max_skips:
             self.close()
@@ -352,7 +341,7 @@ class Run:
             return
         names = sorted(self.scalars)
         means = [torch.as_tensor(total / n, device=self.device).float() for total, n in map(self.scalars.get, names)]
-        v = torch.cat([self.sums.flatten(), *(m.view(1) for m in means)])
+        v = torch.cat([self.sums.flatten(), torch.stack(means)]) if names else self.sums.flatten()
         if self.world > 1:
             dist.all_reduce(v)
         v, now = v.tolist(), time.time()
@@ -370,7 +359,7 @@ class Run:
 
     def append(self, name, line):
         if self.rank == 0:
-            with open(self.dir / name, "a", encoding="utf-8") as f:
+            with open(self.dir / name, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
     # -- checkpoints
@@ -430,9 +419,8 @@ class Run:
         return out[:n].cpu()
 
     def evaluate(self, it, data, draw, net="ema", steps=None):
-        """Draw a grid and measure fd_pixels, and --fid when it is due, for 1 and for --steps sampling steps (or `steps`
-        alone); `draw(noise, y)` turns noise [k,b,C,H,W] into images. The noise is the same at every step of training
-        and in every run."""
+        """Draw a grid and measure fd_pixels, and --fid when it is due, for 1 and for --steps sampling steps, or for
+        `steps` alone; `draw(noise, y)` turns noise [k,b,C,H,W] into images. The noise is always the same."""
         a, start = self.args, time.time()
         self.evaluating, n, many = True, min(len(data.images), FD_IMAGES), a.fid if self.fid_due(it) else 0
         g = torch.Generator().manual_seed(0)
@@ -460,8 +448,9 @@ class Run:
         last = {s["metric"]: s for s in figures(folder) if s["net"] == "teacher"}
         for line in last.values():
             self.append("eval.jsonl", line | dict(it=0))
-        if self.rank == 0 and (grids := sorted((folder / "samples").glob("*_teacher.png"))):
-            shutil.copy(grids[-1], self.dir / "samples" / "0000000_teacher.png")
+            grid = folder / "samples" / f"{line['it']:07d}_teacher.png"
+            if self.rank == 0 and grid.exists():
+                shutil.copy(grid, self.dir / "samples" / "0000000_teacher.png")
         return "fd_pixels" in last and self.args.fid in (0, last.get("fid", {}).get("n"))
 
     def finish(self, it, data, draw, **how):
@@ -473,19 +462,19 @@ class Run:
             dist.barrier()                                      # rank 0 has written its lines
         name = lambda s: "teacher" if s["net"] == "teacher" else f"{s['steps']}step"
         last = {(s["metric"], name(s)): s for s in figures(self.dir) if s["it"] in (0, it)}     # the last one wins
-        rows = [last[m, k] for m in ("fd_pixels", "fid")
-                for k in dict.fromkeys(["teacher", "1step", f"{self.args.steps}step"]) if (m, k) in last]
-        counts = {s["metric"]: s["n"] for s in rows}            # the run's own: figures of other numbers do not compare
-        rows = [s for s in rows if s["n"] == counts[s["metric"]]]
-        for i, s in enumerate(rows):
-            if not i or s["metric"] != rows[i - 1]["metric"]:
-                title = "FD (pixels)" if s["metric"] == "fd_pixels" else f"FID ({s['mode']})"
-                say(f"\n{title} of {rows[i]['n']:,} images, lower is better")
-            what = "Heun step" if s["net"] == "teacher" else "step"
-            label = f"{'teacher, ' * (what != 'step')}{s['steps']} {what}{'s' * (s['steps'] > 1)}"
-            say(f"  {label + (f', t_mid {t:g}' if (t := s['t_mid']) else ''):26}{s['value']:8.3f}")
+        result, names = dict(run=str(self.dir)), dict.fromkeys(["teacher", "1step", f"{self.args.steps}step"])
+        for metric, title in (("fd_pixels", "FD (pixels)"), ("fid", f"FID ({fid.MODE})")):
+            rows = [last[metric, k] for k in names if (metric, k) in last]
+            rows = [s for s in rows if s["n"] == rows[-1]["n"]]           # the run's own: others do not compare
+            if rows:
+                say(f"\n{title} of {rows[0]['n']:,} images, lower is better")
+            for s in rows:
+                label = f"teacher, {s['steps']} Heun step" if s["net"] == "teacher" else f"{s['steps']} step"
+                label += "s" * (s["steps"] > 1) + (f", t_mid {s['t_mid']:g}" if s["t_mid"] else "")
+                say(f"  {label:26}{s['value']:8.3f}")
+                result[f"{metric}_{name(s)}"] = s["value"]
         say(f"grids in {self.dir / 'samples'}, weights in {self.dir / 'ckpt.pt'}")
-        return dict(run=str(self.dir)) | {f"{s['metric']}_{name(s)}": s["value"] for s in rows}
+        return result
 
     def close(self):
         self.bar.close()
@@ -502,8 +491,8 @@ def numbered(out, stem):
 def config_of(folder):
     """The flags of a run folder, with `about`. Raises BadInput."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        config["about"]["script"]
+        config = json.loads((Path(folder) / "config.json").read_text())
+        config["about"]["script"]                               # or KeyError
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"{folder} is no run folder: its config.json is missing or damaged")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
@@ -512,7 +501,7 @@ def config_of(folder):
 def figures(folder):
     """The lines of eval.jsonl; one that a kill has torn is passed over."""
     path, found = Path(folder) / "eval.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
@@ -539,8 +528,7 @@ def shard_like(saved, owner):
 def load_checkpoint(path):
     """The newest readable checkpoint of a run folder, or a checkpoint file, on the CPU; BadInput if there is none."""
     path = Path(path)
-    files = [path / "ckpt.pt", path / "ckpt.prev.pt"] if path.is_dir() else [path]
-    for f in files:
+    for f in [path / "ckpt.pt", path / "ckpt.prev.pt"] if path.is_dir() else [path]:
         try:
             return torch.load(f, map_location="cpu", weights_only=True)
         except FileNotFoundError:
@@ -563,16 +551,4 @@ def memory(device):
     """Peak memory of this process in GB: of the GPU if there is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource                                         # not on Windows
-    except ImportError:
-        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def commit():
-    try:
-        cmd = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        return subprocess.check_output(cmd, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

@@ -4,8 +4,8 @@ Images from any run: a run folder, or one of its checkpoints. --out ends in .png
 `images` [N, H, W, C] uint8 and `labels`, which --dataset reads again; otherwise: a folder of PNG files.
 --edit changes images without training; a .png then has three rows: the images, what the network gets to see of them
 (noisy, grey, coarse or with a hole), the result."""
-import importlib.util
-import sys
+import importlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common import edit, fid, teacher
 from common.data import load
 from common.fid import fd_pixels, quantise
-from common.run import FD_IMAGES, BadInput, Parser, config_of, device_of, integers, noise_of, picture
+from common.run import FD_IMAGES, BadInput, Parser, config_of, device_of, integers, noise_of, picture, refuse
 
 EDITS = ("inpaint", "colorize", "superres", "stroke", "denoise")                 # of images; interpolate has none
 FOR = dict(images=EDITS, mask=("inpaint",), patch=("superres",), sigma=("stroke", "denoise"))
@@ -30,8 +30,8 @@ def flags(argv=None):
     ap = Parser(prog="python -m common.sample", allow_abbrev=False, description=__doc__.split("\n\n")[1])
     ap.add_argument("run", help="run folder, or a checkpoint in one")
     ap.add_argument("--steps", type=int, help="sampling steps [those of the run]")
-    ap.add_argument("--ts", type=numbers, metavar="T,T,..",
-                    help="all noise levels (standard deviations), descending, one step each")
+    ap.add_argument("--t-mid", "--t_mid", type=float, help="the run's --t-mid, in its own time [that of the run]")
+    ap.add_argument("--ts", type=numbers, metavar="T,T,..", help="all noise levels (standard deviations), descending")
     ap.add_argument("--find-ts", "--find_ts", action="store_true", help="search the second level of two by FD (pixels)")
     ap.add_argument("--fid", action="store_true", help="search by FID instead; --n 10000 or more")
     ap.add_argument("--edit", choices=[*EDITS, "interpolate"], help="images, or blend pairs of noise (interpolate); "
@@ -49,28 +49,29 @@ def flags(argv=None):
     ap.add_argument("--out", help="a .png, a .npz or a folder [grid.png]")
     a = ap.parse_args(argv)
     given = lambda *names: any(getattr(a, k) is not None for k in names)
-    for flag, edits in FOR.items():
-        if given(flag) and a.edit not in edits:
-            raise BadInput(f"--{flag} is for --edit {' | '.join(edits)} alone; leave it out")
-    if a.find_ts and given("steps", "ts", "edit", "out"):
-        raise BadInput("--find-ts prints the best second level of two; leave out --steps, --ts, --edit, --out")
-    if a.fid and not a.find_ts:
-        raise BadInput("--fid is for --find-ts; of any images: --out some.npz, then python -m common.fid")
-    if a.ts and given("steps", "sigma") or a.edit in EDITS and given("steps"):
-        raise BadInput("--ts gives all levels, to --edit as well; leave out --steps and --sigma beside it")
+    refuse((given(flag) and a.edit not in edits, f"--{flag} is for --edit {' | '.join(edits)} alone; leave it out")
+           for flag, edits in FOR.items())
+    refuse([
+        (min(n for n in (a.steps, a.n, a.batch) if n is not None) < 1, "--steps, --n and --batch must be at least 1"),
+        (a.find_ts and (given("t_mid", "ts", "edit", "out") or a.steps not in (None, 2)),
+         "--find-ts prints the best second level of two; leave out --steps, --t-mid, --ts, --edit, --out"),
+        (a.fid and not a.find_ts, "--fid is for --find-ts; of any images: --out some.npz, then python -m common.fid"),
+        (given("ts") and given("steps", "t_mid", "sigma") or a.edit in EDITS and given("steps", "t_mid"),
+         "--ts gives all levels, to --edit as well; leave out --steps, --t-mid and --sigma beside it")])
     return a
 
 
-def levels(a, high, net):
-    """The noise levels of --ts, --sigma or --edit, `high` or less; None: the method's own. Raises BadInput."""
+def levels(a, t_max, t_min):
+    """The noise levels of --ts, --sigma or --edit, descending; None: the method's own. Raises BadInput."""
     sigma = dict(stroke=1.0, denoise=0.5).get(a.edit) if a.sigma is None else a.sigma
-    ts = a.ts
-    if ts is None and sigma is not None:                 # stroke: two levels in the paper's ratio
+    if a.ts is not None:
+        ts = a.ts
+    elif sigma is not None:                              # stroke: two levels in the paper's ratio
         ts = (sigma, sigma * 2.24 / 5.38) if a.edit == "stroke" else (sigma,)
-    elif ts is None:                                     # the last level is the boundary, where f is the identity
-        return edit.karras(high, max(net.t_min, 0.002))[:-1] if a.edit in EDITS else None
-    if not ts or not ts[0] <= high or not all(t > r for t, r in zip(ts, (*ts[1:], net.t_min))):
-        raise BadInput(f"--ts and --sigma: noise levels descend, from {high:g} or less, and end above {net.t_min:g}")
+    else:                                                # the last level is the boundary, where f is the identity
+        return edit.karras(t_max, max(t_min, 0.002))[:-1] if a.edit in EDITS else None
+    if not ts or not ts[0] <= t_max or not all(t > r for t, r in zip(ts, (*ts[1:], t_min))):
+        raise BadInput(f"--ts and --sigma: noise levels descend, from {t_max:g} or less, and end above {t_min:g}")
     return ts
 
 
@@ -89,13 +90,14 @@ def images_of(a, args, config, size, channels):
 
 def labels_of(a, classes, own):
     """The labels to repeat: --classes, or the images' `own`, or all; None if the run has none. Raises BadInput."""
-    if not classes and not a.classes:
+    refuse([(a.classes and not classes, "--classes: this run was not trained with --cond"),
+            (classes and a.images and own is None and not a.classes,
+             f"--images {a.images} has no labels, which this run needs; give --classes")])
+    if not classes:
         return None
-    if a.images and own is None and not a.classes:
-        raise BadInput(f"--images {a.images} has no labels, which this run needs; give --classes")
     labels = torch.tensor(a.classes or range(classes)) if a.classes or own is None else own
     if labels.min() < 0 or labels.max() >= classes:
-        raise BadInput(f"--classes must lie in 0 .. {classes - 1}; without --cond a run has none")
+        raise BadInput(f"--classes must lie in 0 .. {classes - 1}")
     return labels
 
 
@@ -103,41 +105,38 @@ def run_of(a):
     """The method's module, its arguments and config.json, for the run that is named. Raises BadInput."""
     path = Path(a.run)
     config = config_of(path if path.is_dir() else path.parent)
-    name = config["about"]["script"]
-    if not importlib.util.find_spec(name):
-        raise BadInput(f"{path} was made by {name}.py, which is not here; put it back")
-    method = importlib.import_module(name)
+    method = importlib.import_module(config["about"]["script"])
     args = method.Args(**{k: v for k, v in config.items() if k in method.Args.__dataclass_fields__})
-    args.steps = args.steps if a.steps is None else a.steps
-    args.data_dir = a.data_dir or args.data_dir
-    if name == "common.teacher" and (a.ts or a.find_ts or a.edit):
-        raise BadInput("--ts, --find-ts and --edit are for consistency models; this run is a diffusion model")
-    K = getattr(args, "boundaries", 1)
-    if K > 1 and (a.ts or a.find_ts or a.edit or args.steps != K):
-        raise BadInput(f"this run jumps from edge to edge of its {K} segments: no --ts, --find-ts, --edit or --steps")
-    if args.steps < 1 or a.batch < 1 or a.n is not None and a.n < 1:
-        raise BadInput("--steps, --n and --batch must be at least 1")
+    args.steps, args.data_dir = a.steps or args.steps, a.data_dir or args.data_dir
+    own, K = a.ts or a.find_ts or a.edit, getattr(args, "boundaries", 1)
+    refuse([
+        (a.t_mid is not None and not (hasattr(args, "t_mid") and 0 < a.t_mid < getattr(args, "t_max", math.pi / 2)),
+         "--t-mid must lie between 0 and the run's --t-max; diffusion models have none"),
+        (own and method is teacher, "--ts, --find-ts and --edit are for consistency models; this is a diffusion model"),
+        (K > 1 and (own or a.t_mid or args.steps != K), f"this run jumps from edge to edge of its {K} segments; "
+         "leave out --ts, --find-ts, --edit, --t-mid and --steps")])
+    if a.t_mid:
+        args.t_mid = a.t_mid
     return method, args, config
 
 
 def main(argv=None):
-    """Draw or edit images and write them; return them, uint8 [N, C, H, W], and their labels [N] or None. With
-    --find-ts, return the level found."""
+    """Draw or edit images and write them; return uint8 [N,C,H,W] and labels [N] or None; or the level of --find-ts."""
     a = flags(argv)
     method, args, config = run_of(a)
     out = Path(a.out or "grid.png")
-    if out.suffix not in (".png", ".npz") and out.exists() and (out.is_file() or any(out.iterdir())):
+    if out.suffix not in (".png", ".npz") and out.exists():
         raise BadInput(f"--out {out} exists already; name a new folder, a .png or a .npz")
     device = device_of(a.device)
     net = teacher.load(a.run, device)
     size, channels, classes = (net.model.kwargs[k] for k in ("size", "channels", "classes"))
-    high = getattr(args, "t_max", getattr(args, "sigma_max", None))      # the noise level at which sampling begins
-    ts, mask = levels(a, high, net), edit.mask_of(a.mask, size).to(device)
+    t_max = args.t_max if hasattr(args, "t_max") else args.sigma_max
+    ts, mask = levels(a, t_max, net.t_min), edit.mask_of(a.mask, size).to(device)
     patch = max(2, size // 32) if a.patch is None else a.patch
-    if a.edit == "superres" and (patch < 2 or size % patch):
-        raise BadInput(f"--patch must be at least 2 and divide the {size} pixels of a side")
-    if a.edit == "colorize" and channels == 1:
-        raise BadInput("--edit colorize: the images of this run are grey; take another run")
+    refuse([(patch < 2 or a.edit == "superres" and size % patch,
+             f"--patch must be at least 2 and divide the {size} pixels of a side"),
+            (a.edit == "colorize" and channels == 1,
+             "--edit colorize: the images of this run are grey; take another run")])
     real, own = images_of(a, args, config, size, channels) if a.edit in EDITS or a.find_ts else (None, None)
     labels = labels_of(a, classes, own)
 
@@ -152,10 +151,8 @@ def main(argv=None):
 
     def draw(make):
         """make(ids, labels) of all images, --batch at a time."""
-        parts = []
-        for i in tqdm(torch.arange(n).split(a.batch), disable=n <= a.batch or a.find_ts):
-            parts.append(make(i, None if labels is None else labels[i].to(device)).cpu())
-        return torch.cat(parts)
+        batches = tqdm(torch.arange(n).split(a.batch), disable=n <= a.batch or a.find_ts)
+        return torch.cat([make(i, None if labels is None else labels[i].to(device)).cpu() for i in batches])
 
     def edited(i, y):
         z = noise(i, k)
@@ -168,11 +165,11 @@ def main(argv=None):
         return sample(z, y)
 
     if a.find_ts:
-        if not a.fid:
-            return find("FD (pixels)", lambda images: fd_pixels(real, images), a.run, net, high, draw, noise)
-        data = load(args.dataset, args.data_dir, args.size, device)
-        score = lambda images: fid.fid(data, images, args.data_dir)
-        return find(f"FID ({fid.MODE})", score, a.run, net, high, draw, noise)
+        name, score = "FD (pixels)", lambda images: fd_pixels(real, images)
+        if a.fid:
+            data = load(args.dataset, args.data_dir, args.size, device)
+            name, score = f"FID ({fid.MODE})", lambda images: fid.fid(data, images, args.data_dir)
+        return find(name, score, a.run, net, t_max, draw, noise)
     if a.edit in EDITS:
         seen, images = draw(edited).unbind(1)
         sheet = torch.cat([real[:n], seen, images])
@@ -187,8 +184,8 @@ def main(argv=None):
 def find(name, score, path, net, t_max, draw, noise):
     """Search the second noise level of two for the lowest score(images), with the same noise at every level."""
     first = draw(lambda i, y: edit.multistep(net, noise(i, 1), y, [t_max]))      # the same for all
-    print(f"{name} of {len(first):,} images, 2 steps, by the second noise level; "
-          f"1 step: {score(quantise(first)):.4f}")
+    one = score(quantise(first))
+    print(f"{name} of {len(first):,} images, 2 steps, by the second noise level; 1 step: {one:.4f}")
 
     def at(t):
         def second(i, y):
@@ -211,10 +208,10 @@ def write(images, labels, out, sheet, cols):
     elif out.suffix == ".npz":
         np.savez_compressed(out, images=rows, **({} if labels is None else dict(labels=labels.numpy())))
     else:
-        out.mkdir(exist_ok=True)
+        out.mkdir()
         for i, row in enumerate(rows):
             Image.fromarray(row.squeeze()).save(out / f"{i:06d}.png")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -44,13 +44,11 @@ class Conv2d(nn.Module):
         if self.weight is None:
             return self.resample(x)
         w, b = self.weight, self.bias.to(x.dtype)
-        if self.fused:
-            return self.resample(F.conv2d(x, w.to(x.dtype), b, padding=2))
         if self.up and self.copies and w.shape[-1] == 3:                # 16 products a pixel of x; 36 on its copies
             return F.conv_transpose2d(x, copy_then(w).to(x.dtype), b, stride=2, padding=1)
-        late = self.up and self.copies            # 1 x 1: either order, this one costs a quarter
-        x = F.conv2d(x if late else self.resample(x), w.to(x.dtype), b, padding=w.shape[-1] // 2)
-        return self.resample(x) if late else x
+        first = self.fused or self.up and self.copies                   # 1 x 1: either order, this one costs a quarter
+        x = F.conv2d(x if first else self.resample(x), w.to(x.dtype), b, padding=w.shape[-1] // 2 + self.fused)
+        return self.resample(x) if first else x
 
     def resample(self, x):
         if not (self.up or self.down):
@@ -117,22 +115,18 @@ class UNetBlock(nn.Module):
         self.affine = Linear(c_emb, 2 * c_out if adm or double else c_out)
         self.norm1 = GroupNorm(c_out, eps)
         self.conv1 = Conv2d(c_out, c_out, 3, gain=1e-5)       # a block starts as (almost) its skip
-        self.skip = None
-        if c_in != c_out or up or down:
-            k = 0 if adm and c_in == c_out else 1
-            self.skip = Conv2d(c_in, c_out, k, up=up, down=down, taps=taps)
+        straight = c_in == c_out and not (up or down)
+        k = 0 if adm and c_in == c_out else 1
+        self.skip = None if straight else Conv2d(c_in, c_out, k, up=up, down=down, taps=taps)
+        self.scale = 1 if adm else math.sqrt(0.5)             # the root keeps the variance
         self.qkv = None
         if attn:
             self.heads = c_out // 64 if adm else 1
             if not self.heads or c_out % self.heads:
-                raise ValueError(f"attention on {c_out} channels, which do not split into heads of 64; "
-                                 "take a --ch divisible by 64")
+                raise ValueError(f"attention on {c_out} channels lacks heads of 64; take a --ch divisible by 64")
             self.norm2 = GroupNorm(c_out, eps)
             self.qkv = Conv2d(c_out, 3 * c_out, 1, gain=math.sqrt(0.2))
             self.proj = Conv2d(c_out, c_out, 1, gain=1e-5)
-
-    def add(self, h, x):
-        return h + x if self.adm else (h + x) * math.sqrt(0.5)  # the root keeps the variance
 
     def forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x)))
@@ -144,14 +138,14 @@ class UNetBlock(nn.Module):
         else:
             h = self.norm1(h + p)
         h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
-        x = self.add(h, self.skip(x) if self.skip else x)
+        x = (h + (self.skip(x) if self.skip else x)) * self.scale
         if self.qkv:
             # channel (head * d + i) * 3 + {0: q, 1: k, 2: v}; another interleave runs but is wrong
             qkv = self.qkv(self.norm2(x)).flatten(2).transpose(1, 2)
             qkv = qkv.unflatten(2, (self.heads, -1, 3)).permute(4, 0, 2, 1, 3)
             a = attention(*qkv.contiguous())                  # q, k, v [B, heads, H*W, d]; fused kernels
             a = a.transpose(1, 2).flatten(2).transpose(1, 2)  # .. want the last stride to be 1
-            x = self.add(self.proj(a.reshape(x.shape)), x)
+            x = (self.proj(a.reshape(x.shape)) + x) * self.scale
         return x
 
 
@@ -243,8 +237,7 @@ class UNet(nn.Module):
         e = torch.cat([a.cos(), a.sin()] if adm else [a.sin(), a.cos()], 1)   # as in the checkpoints
         label = 0
         if self.classes:
-            if y is None:
-                y = torch.full((1,), -1, device=e.device)
+            y = torch.full((1,), -1, device=e.device) if y is None else y
             onehot = (y[:, None] == torch.arange(self.classes, device=e.device)).to(e.dtype)
             label = self.map_label(onehot if adm else onehot * math.sqrt(self.classes))
         e = self.map_layer1(F.silu(self.map_layer0(e if adm else e + label)))

@@ -307,7 +307,7 @@ def test_find_ts_agrees_with_the_runs_own_figure(train, monkeypatch):
 
 
 def test_inpainting_a_file(grey, draw, tmp_path):
-    """Black and white exchanged; known pixels that are lost in Algorithm 4 or in the quantisation; a mask turned over;
+    """Black and white exchanged; a mask of another size; known pixels that are lost in Algorithm 4 or in the quantisation; a mask turned over;
     rows of the picture in another order."""
     mask = np.zeros((8, 8), np.uint8)
     mask[1:3, 4:] = 255
@@ -320,6 +320,8 @@ def test_inpainting_a_file(grey, draw, tmp_path):
     rows = np.asarray(sheet)[::4, ::4, 0][:, :8]          # the first image; 8 pixels are shown as 32
     assert np.array_equal(rows[:8], real[0, 0]) and np.array_equal(rows[18:26], made[0, 0])
     assert np.array_equal(rows[9:17], np.where(mask, 128, real[0, 0]))
+    Image.fromarray(mask.repeat(4, 0).repeat(4, 1)).convert("RGB").save(tmp_path / "large.png")
+    assert torch.equal(draw(grey, "--edit", "inpaint", "--mask", tmp_path / "large.png")[0], made), "fitted like images"
     square = (draw(grey, "--edit", "inpaint")[0] != real).any(0)[0]
     assert square[2:6, 2:6].float().mean() > 0.9 and square.sum() == square[2:6, 2:6].sum()
 
@@ -410,21 +412,20 @@ def test_labels_of_edits(colour, draw, monkeypatch):
     ("--ts nan", "--ts"),
     ("--ts 1,-1", "above"), ("--ts inf", "80"), ("--ts=", "--ts"), ("--ts 1,x", "--ts"),
     ("--ts 1 --steps 1", "--steps"),
-    ("--ts 1 --edit denoise --sigma 1", "--sigma"), ("--find-ts --steps 3", "--steps"),
-    ("--fid", "--find-ts"), ("--find-ts --ts 1", "--ts"), ("--find-ts --edit denoise", "--edit"),
+    ("--ts 1 --t-mid 1", "--t-mid"), ("--ts 1 --edit denoise --sigma 1", "--sigma"), ("--find-ts --steps 3", "--steps"),
+    ("--find-ts --t-mid 1", "--t-mid"), ("--fid", "--find-ts"), ("--find-ts --ts 1", "--ts"), ("--find-ts --edit denoise", "--edit"),
     ("--find-ts --out x.png", "--out"), ("--edit inpaint --steps 2", "--steps"), ("--edit cut", "invalid choice"),
     ("--mask x.png", "inpaint"), ("--edit superres --mask x.png", "inpaint"), ("--edit inpaint --patch 2", "superres"),
     ("--edit inpaint --sigma 1", "denoise"), ("--edit interpolate --images x", "inpaint"), ("--images x", "inpaint"),
     ("--edit superres --patch 3", "divide"), ("--edit superres --patch 0", "--patch"),
     ("--edit superres --patch 1", "least 2"),
     ("--edit denoise --sigma 0", "above 0"), ("--edit stroke --sigma 99", "80"), ("--edit colorize", "grey"),
-    ("--edit inpaint --mask gone.png", "FileNotFound"), ("--edit inpaint --mask wide.png", "9 x 8"),
+    ("--edit inpaint --mask gone.png", "FileNotFound"),
     ("--edit inpaint --images gone.png", "FileNotFound"), ("--edit inpaint --images gone.npz", "gone.npz"),
     ("--edit inpaint --images empty", "empty"), ("--edit inpaint --images text.png", "text.png"),
     ("--edit inpaint --images large.npz", "9 pixels"), ("--edit denoise --n 0", "--n")])
 def test_bad_input_is_refused(argv, hint, grey, refused, tmp_path):
     """A flag that is not looked at, or only after the work."""
-    Image.new("L", (9, 8)).save(tmp_path / "wide.png")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "large.npz", images=np.zeros((2, 9, 9), np.uint8))

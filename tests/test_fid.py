@@ -302,7 +302,7 @@ class Graph(torch.nn.Module):
 
 @pytest.mark.network
 def test_features_equal_clean_fids_own(real, tmp_path):
-    """Its code path from PNG files to features on the same images."""
+    """Its code path from PNG files to features, on the same images."""
     from cleanfid.fid import get_folder_features
     from cleanfid.inception_torchscript import InceptionV3W
     folder, layers = real

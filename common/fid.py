@@ -2,7 +2,6 @@
 import os
 import sys
 import tempfile
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-MODE = "legacy_tensorflow"        # clean-fid's name for the resize behind the published figures
+MODE = "legacy_tensorflow"        # the resize behind the published figures; clean-fid's own is "clean"
 
 
 def quantise(x):
@@ -39,10 +38,10 @@ def fd_pixels(real, fake):
 
 
 # ---- FID (Heusel et al. 2017, arXiv:1706.08500) --------------------------------------------------
-def fid(data, fake, data_dir):
+def fid(data, fake, data_dir, mode=MODE):
     """FID of uint8 images [N,C,H,W] against all images of a data set, whose statistics are kept in `data_dir`.
     Several ranks share the work. Raises BadInput if there is no Inception to be had."""
-    return frechet(*reference(data, data_dir), *moments(fake, inception(data_dir, data.images.device)))
+    return frechet(*reference(data, data_dir, mode), *moments(fake, inception(data_dir, data.images.device), mode))
 
 
 @lru_cache(maxsize=1)
@@ -52,16 +51,15 @@ def inception(data_dir, device):
     return assets.inception(data_dir).to(device if device.type == "cuda" else "cpu")
 
 
-def reference(data, data_dir):
+def reference(data, data_dir, mode=MODE):
     """Mean and covariance of the features of a whole data set; computed once, then read from `data_dir`."""
-    path, found = Path(data_dir) / f"inception-{data.name}-{data.sha256[:12]}-{MODE}.npz", [None]
-    with suppress(Exception), np.load(path, allow_pickle=False) as z:      # absent or damaged: compute it again
-        found = [(torch.from_numpy(z["mean"]), torch.from_numpy(z["cov"]))]
+    path = Path(data_dir) / f"inception-{data.name}-{data.sha256[:12]}-{mode}.npz"
+    found = [stored(path)]
     if dist.is_initialized():                             # the ranks must agree on who computes
         dist.broadcast_object_list(found)
     if found[0]:
         return found[0]
-    mean, cov = moments(data.images, inception(data_dir, data.images.device))
+    mean, cov = moments(data.images, inception(data_dir, data.images.device), mode)
     if not dist.is_initialized() or dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".inception-", dir=path.parent) as tmp:
@@ -70,13 +68,21 @@ def reference(data, data_dir):
     return mean, cov
 
 
-def moments(images, net):
+def stored(path):
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            return torch.from_numpy(z["mean"]), torch.from_numpy(z["cov"])
+    except Exception:                                     # absent or damaged: compute it again
+        return None
+
+
+def moments(images, net, mode=MODE):
     """Mean [D] and unbiased covariance [D, D], float64, of the features of uint8 images [N,C,H,W]."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(net.parameters()).device
     mine, total = images[rank::world].split(100 if device.type == "cuda" else 25), 0
     for batch in tqdm(mine, "Inception", leave=False, disable=rank > 0 or len(images) < 2000, file=sys.stderr):
-        f = F.pad(features(net, batch.to(device)).double(), (1, 0), value=1.0)
+        f = F.pad(features(net, batch.to(device), mode).double(), (1, 0), value=1.0)
         total = total + f.T @ f                           # the column of ones gives count and sum
     if world > 1:
         dist.all_reduce(total)
@@ -86,9 +92,16 @@ def moments(images, net):
 
 
 @torch.no_grad()
-def features(net, images):
+def features(net, images, mode=MODE):
     """clean-fid's features, float32 [B, 2048], of uint8 images [B,C,H,W], grey ones taken as three equal channels."""
-    x = resize(images.expand(-1, 3, -1, -1).float())
+    x = images.expand(-1, 3, -1, -1)
+    if mode == MODE:
+        x = resize(x.float())
+    else:
+        from cleanfid.resize import build_resizer         # Pillow's, antialiased bicubic
+        one = build_resizer(mode)
+        x = np.stack([one(image) for image in x.permute(0, 2, 3, 1).cpu().numpy()])
+        x = torch.from_numpy(x).permute(0, 3, 1, 2).to(images.device)
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):   # TF32 moves the figure
         return net((x - 128) / 128).flatten(1)
 
@@ -112,14 +125,15 @@ def main(argv=None):
                 "another; each is a data set, such as cifar10 or cifar10-test, a folder of images or a .npz.")
     ap.add_argument("images")
     ap.add_argument("reference", help="its statistics are kept in --data-dir")
+    ap.add_argument("--mode", choices=[MODE, "clean"], default=MODE, help="how images are resized [%(default)s]")
     ap.add_argument("--size", type=int, default=0, help="height and width of a folder's images; 0: 32, or as stored")
     ap.add_argument("--data-dir", "--data_dir", default="data", help="where downloads are kept [%(default)s]")
     ap.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[%(default)s]")
     a = ap.parse_args(argv)
     fake, real = (load(name, a.data_dir, a.size, device_of(a.device)) for name in (a.images, a.reference))
-    value = fid(real, fake.images, a.data_dir)
+    value = fid(real, fake.images, a.data_dir, a.mode)
     print(f"FID {value:.3f}: {len(fake.images):,} images of {a.images} against {len(real.images):,} of {a.reference}, "
-          f"{MODE}")
+          f"{a.mode}")
     return value
 
 

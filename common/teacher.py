@@ -360,14 +360,16 @@ def storage(data):
     return torch.frombuffer(bytearray(data), dtype=dtype, offset=start)
 
 
-def state_dict(module, prefix=""):
-    """The tensors of an Inert module by name, in the order of torch's state_dict."""
+def parameters(module, prefix, seen):
+    """(name, Inert tensor) of an Inert module, in the order of torch's state_dict."""
+    if id(module) in seen:                                # 40 such modules are 2**40 to whoever walks them
+        raise ValueError("a module in it is part of itself or of two others")
+    seen.add(id(module))
     state = module.args[0]["state"] if module.args else module.state      # EDM's own classes; torch's ModuleDict
     tensors = state.get("_parameters", {}) | state.get("_buffers", {})
-    out = {prefix + k: tensor(v) for k, v in tensors.items() if v is not None}
+    yield from ((prefix + k, v) for k, v in tensors.items() if v is not None)
     for k, v in state.get("_modules", {}).items():
-        out |= state_dict(v, f"{prefix}{k}.")
-    return out
+        yield from parameters(v, f"{prefix}{k}.", seen)
 
 
 def read_released(path):
@@ -375,10 +377,15 @@ def read_released(path):
     damaged file leads to."""
     with open(path, "rb") as f:
         net = unpickle(f)["ema"]
-    meta = net.args[0]
+    meta, weights, room = net.args[0], {}, Path(path).stat().st_size
     if meta["class_name"] not in ("EDMPrecond", "ECMPrecond") or meta["version"] != 6:
-        raise ValueError(f"{meta['class_name']} {meta['version']} is not supported, only EDMPrecond and ECMPrecond 6")
-    weights = state_dict(net)
+        name = meta["class_name"] if type(meta["class_name"]) is str else "what it holds"
+        raise ValueError(f"{name} is not supported, only EDMPrecond and ECMPrecond in EDM's format of version 6")
+    for name, weight in parameters(net, "", set()):
+        weights[name] = tensor(weight)
+        room -= weights[name].numel()
+        if room < 0:
+            raise ValueError("its tensors share their storage")
     weights.pop("model.map_augment.weight", None)         # augmentation labels are zero when sampling
     kwargs, state = shape_of(weights), meta["state"]
     return dict(flow="edm", net=kwargs["net"], kwargs=kwargs, sd=float(state["sigma_data"]),

@@ -167,7 +167,7 @@ def test_fid_of_gaussian_features(net, tmp_path):
 
 
 def test_statistics_are_of_the_whole_set_and_kept(net, tmp_path, monkeypatch):
-    """Computed at every figure; those of another set of the same name; a damaged file."""
+    """Computed at every figure; those of another set of the same name, or of the other mode; a damaged file."""
     a, folder = data_set(1), tmp_path / "new/data"
     first = reference(a, folder)
     assert all(torch.equal(x, y) for x, y in zip(first, feature_moments(a.images, net)))
@@ -176,8 +176,9 @@ def test_statistics_are_of_the_whole_set_and_kept(net, tmp_path, monkeypatch):
     real = fid.moments
     monkeypatch.setattr(fid, "moments", lambda *a: pytest.fail("computed again"))
     assert all(torch.equal(x, y) for x, y in zip(first, reference(a, folder)))
-    with pytest.raises(pytest.fail.Exception):
-        reference(data_set(2), folder)
+    for other in (lambda: reference(data_set(2), folder), lambda: reference(a, folder, "clean")):
+        with pytest.raises(pytest.fail.Exception):
+            other()
     monkeypatch.setattr(fid, "moments", real)
     (folder / files[0]).write_bytes(b"damaged")
     assert all(torch.equal(x, y) for x, y in zip(first, reference(a, folder)))
@@ -301,8 +302,9 @@ class Graph(torch.nn.Module):
 
 
 @pytest.mark.network
-def test_features_equal_clean_fids_own(real, tmp_path):
-    """Its code path from PNG files to features, on the same images."""
+@pytest.mark.parametrize("mode", ["legacy_tensorflow", "clean"])
+def test_features_equal_clean_fids_own(real, mode, tmp_path):
+    """Its code path from PNG files to features, in each mode, on the same images."""
     from cleanfid.fid import get_folder_features
     from cleanfid.inception_torchscript import InceptionV3W
     folder, layers = real
@@ -314,7 +316,9 @@ def test_features_equal_clean_fids_own(real, tmp_path):
         warnings.simplefilter("ignore")
         (tmp_path / "net").mkdir()
         torch.jit.save(torch.jit.script(Graph(layers)), str(tmp_path / "net/inception-2015-12-05.pt"))
-        theirs = InceptionV3W(str(tmp_path / "net"), download=False, resize_inside=True)
-        expect = get_folder_features(str(tmp_path), theirs, num_workers=0, device="cpu", mode=fid.MODE, verbose=False)
-    got = features(layers, x).numpy()
+        theirs = InceptionV3W(str(tmp_path / "net"), download=False, resize_inside=mode != "clean")
+        expect = get_folder_features(str(tmp_path), theirs, num_workers=0, device="cpu", mode=mode, verbose=False)
+    got = features(layers, x, mode).numpy()
     assert got.shape == expect.shape == (3, 2048) and np.abs(got - expect).max() < 1e-4 * expect.max()
+    other = features(layers, x, {"clean": "legacy_tensorflow"}.get(mode, "clean")).numpy()
+    assert np.abs(other - expect).max() > 1e-2 * expect.max(), "the modes cannot be told apart"

@@ -310,6 +310,19 @@ def get(i):
     return Op(b"j" + struct.pack("<I", i))
 
 
+def laughs(n, pair=b"\x86"):
+    """Two references to two references to ..: 2**n elements in a few bytes. pair: the opcode of a tuple or list."""
+    return Op(b"N" + b"".join(put(i) + get(i) + pair for i in range(n)))
+
+
+def laughing_modules(n):
+    """A module that holds one module twice, which holds one module twice, and so on."""
+    out = module("Linear") + put(1)                       # 0 is taken: texts are put there
+    for i in range(1, n):
+        out += b"0" + module("Linear", _modules=dict(a=get(i), b=get(i))) + put(i + 1)
+    return Op(out)
+
+
 def deep_modules(n, name="a"):
     head, tail = module("Linear", _modules={name: Op(b"@@")}).split(b"@@")
     return Op(head * n + b"N" + tail * n)
@@ -332,7 +345,13 @@ HOSTILE = dict(
     memo_index=b"}" + put(2**32 - 1) + b".", text_memo_index=b"}p" + b"9" * 18 + b"\n.",
     million=b"N" * (10**6 + 1) + b".",
 
-    # depth
+    # depth and sharing
+    laughing_modules=file(dict(model=laughing_modules(40))), laughing_name=file(name=laughs(60)),
+    laughing_version=ema(module(version=laughs(60))), laughing_meta=ema(call(RECONSTRUCT, laughs(60))),
+    laughing_size=model(w=tensor(size=laughs(60))), laughing_arguments=ema(Op(b"cnumpy\ndtype\n" + laughs(60) + b"R")),
+    shared_storage=model(w=Op(tensor([0.0] * 2**18, size=(2**18,), stride=(1,)) + put(5)),
+                         **{f"w{i}": get(5) for i in range(5000)}),
+    strange_number=file(sigma_data=call(SCALAR, call("numpy.dtype", laughs(60)), b"12345678")),
     deep_list=b"]" * 30_000 + b"a" * 29_999 + b".", deep_tuple=b"N" + b"\x85" * 30_000 + b".",
     deep_modules=file(dict(model=deep_modules(2000))), nameless_modules=file(dict(model=deep_modules(2000, ""))),
     long_names=file(dict(model=deep_modules(150, "n" * 10**4))),
@@ -397,7 +416,8 @@ REASONS = {                                               # where another check 
     "out of bounds": "offset", "invalid storage offset": "negative_offset", "beyond its storage": "beyond enormous repeated",
     "numbers more parts": "memo_index",
     "storage is damaged": "short_storage long_storage huge_storage count_is_a_list count_is_negative",
-    "VPPrecond 6 is not supported": "other_class", "EDMPrecond 5 is not supported": "other_version",
+    "VPPrecond is not supported": "other_class", "of version 6": "other_version laughing_version laughing_name",
+    "share their storage": "shared_storage", "part of itself": "cycle laughing_modules",
     "asks for torch.": "whole_numbers truths odd_storage",
     "asks for os.system": "code_in_a_storage storage_from_elsewhere object instance"}
 

@@ -282,7 +282,7 @@ def main(args):
     """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
     data = load(args.dataset, args.data_dir, args.size, run.device)
-    check(args)  # *
+    check(args)                                           # *
     teacher = teachers.get(args, data, run, needed=True)  # *
     run.seed(-1)                                          # negative: the same on every rank
     dtype = torch.bfloat16 if args.bf16 else torch.float32

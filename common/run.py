@@ -1,7 +1,7 @@
 """What a training script needs that is not mathematics: flags, ranks, seeds, run folder, log, checkpoint, signals.
 Nothing in here knows which method is running."""
 import argparse, atexit, contextlib, dataclasses, glob, hashlib, inspect, json, math, os, re
-import resource, shutil, signal, subprocess, sys, time
+import shutil, signal, subprocess, sys, time
 from pathlib import Path
 from typing import get_args
 
@@ -551,4 +551,7 @@ def memory(device):
     """Peak memory of this process in GB: of the GPU if there is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":                                 # it has no such module
+        return 0.0
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -35,94 +35,13 @@ import torch
 from common import teacher as teachers
 from common.assets import perceptual
 from common.data import load
-from common.precond import EDM, backbone
-from common.run import BadInput, Run, parse, say
+from common.flags import BadInput, parse, say
+from common.networks import backbone
+from common.precond import EDM
+from common.run import Run
 
 
-# ==== 1. Arguments ================================================================================
-@dataclass
-class Args:
-    # --- the run (the same in every file)
-    dataset: str = "digits"           # digits | mnist | fashion_mnist | cifar10 | a folder | a .npz
-    data_dir: str = "data"            # where downloads are kept
-    out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
-    resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # small on a CPU, else fast, paper
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
-    seed: int = 0                     # everything random follows from (seed, rank, step)
-    cond: bool = False                # condition on the class label
-    size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
-    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ncsnpp"  # network family
-    ch: int = 128                     # base width of the network
-    mult: tuple = (2, 2, 2)           # width of each resolution, times ch; not for dit
-    blocks: int = 4                   # residual blocks per resolution; of dit: all
-    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
-    teacher: str = "auto"             # auto | train | none | run folder | .pt | .pkl | address
-    teacher_iters: int = 0            # steps of a teacher trained here; 0: its own preset
-    iters: int = 800_000              # optimiser steps
-    batch: int = 512                  # images per step, over all ranks
-    accum: int = 1                    # parts into which a rank's batch is split to save memory
-    lr: float = 4e-4                  # learning rate after warm-up
-    warmup: int = 0                   # steps of linear warm-up
-    ema: float = 0.9999               # decay of the averaged weights, which are the ones sampled
-    dropout: float = 0.0              # dropout inside the network
-    flip: bool = False                # random horizontal flips
-    bf16: bool = False                # bfloat16 activations; weights and loss stay float32
-    compile: bool = False             # torch.compile the network
-    shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
-    steps: int = 2                    # sampling steps
-    grid: int = 64                    # images in a sample grid
-    log_every: int = 100              # steps between log lines
-    save_every: int = 5_000           # steps between checkpoints, grids and figures
-    keep: bool = False                # keep every checkpoint, not only the last two
-    max_skips: int = 0                # steps that may be skipped because they are not finite
-    fid: int = 0                      # images for an FID at the end: 50000 for a published figure
-    fid_every: int = 0                # also measure it every so many steps
-    # --- the method (defaults: the paper's recipe for CIFAR-10, Table 3)
-    N: int = 0                        # noise levels; 0: 18, or the next that --boundaries allows
-    solver: Literal["heun", "euler"] = "heun"  # the teacher's step
-    distance: Literal["l2", "l1", "huber", "lpips"] = "l2"  # l2: squared; lpips: of that package
-    mu: float = 0.0                   # decay of the target network; 0: the network itself
-    guidance: float = 0.0             # classifier-free guidance of the teacher, with --cond
-    boundaries: int = 1               # K segments of the path: f jumps to the end of its own
-    t_mid: float = 0.585              # noise level of the second sampling step
-    t_max: float = 80.0               # noise level of the first, and the highest of the grid
-    t_min: float = 0.002              # the lowest: f(x, t_min) = x
-    rho: float = 7.0                  # bends the grid towards low levels
-    sd: float = 0.5                   # standard deviation of the data, sigma_data
-
-
-PRESETS = {
-    "paper": dict(cost="800,000 steps of 512 images; the authors used eight A100"),
-    # ours, for two CPU cores: small networks, short averages, warm-up as the first five steps of
-    # RAdam are not normalised, and would wreck what the teacher knows
-    "small": dict(cost="half an hour on two CPU cores, teacher included", net="ddpmpp", iters=500,
-                  batch=64, lr=3e-4, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1,
-                  save_every=500),
-    "digits": dict(cost="10 minutes on two CPU cores, teacher included", iters=1_500, lr=2e-4,
-                   batch=128, warmup=50, ema=0.995, ch=32, net="ddpmpp",
-                   mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=0.15, sd=0.75),
-    "cifar10": dict(flip=True),
-    # the data's own standard deviation; the second sampling level follows it
-    "mnist": dict(sd=0.55, t_mid=0.9),
-    "fashion_mnist": dict(sd=0.66, t_mid=1.1),
-}
-
-
-def settle(args):
-    """Check and complete the flags, before anything is trained or written."""
-    K = args.boundaries
-    if args.guidance and not args.cond:
-        raise BadInput("--guidance needs a teacher that knows the classes; add --cond")
-    if args.N and (args.N < 2 or (args.N - 1) % K):
-        raise BadInput(f"--N {args.N}: N - 1 must be a positive multiple of --boundaries {K}")
-    args.N = args.N or 1 + math.ceil(17 / K) * K
-    if K > 1:
-        args.steps = K
-        say(f"--boundaries {K}: {args.N} noise levels, sampled in {K} steps")
-
-
-# ==== 2. Schedules ================================================================================
+# ==== 1. Schedules ================================================================================
 def karras(N, args):
     """t_min = t_1 < .. < t_N = t_max, float64 [N]: equal steps of t^(1/rho)."""
     lo, hi = args.t_min ** (1 / args.rho), args.t_max ** (1 / args.rho)
@@ -137,7 +56,7 @@ def times(n, it, args, device):
     return ts[i + 1], ts[i], ts[i // width * width]
 
 
-# ==== 3. Loss =====================================================================================
+# ==== 2. Loss =====================================================================================
 def solve(teacher, x, t, r, y, args):
     """One step of the teacher's ODE, from x at level t to level r."""
     def slope(x, t):
@@ -183,7 +102,7 @@ def loss_fn(net, target, teacher, x0, y, it, args, reseed, lpips=None):
     return loss.mean(), dict(t=t, loss=loss.detach())
 
 
-# ==== 4. Sampling =================================================================================
+# ==== 3. Sampling =================================================================================
 @torch.no_grad()
 def sample(net, noise, y, args):
     """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
@@ -200,14 +119,105 @@ def sample(net, noise, y, args):
     return x.clamp(-1, 1)
 
 
+# ==== 4. Arguments ================================================================================
+@dataclass
+class Args:
+    # --- the run (the same in every file)
+    dataset: str = "digits"           # digits, mnist, fashion_mnist, cifar10, a folder or a .npz
+    data_dir: str = "data"            # where downloads are kept
+    out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
+    resume: str = ""                  # go on with this run folder; a finished one is only sampled
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without a GPU
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
+    seed: int = 0                     # everything random follows from (seed, rank, step)
+    cond: bool = False                # condition on the class label
+    size: int = 0                     # height and width of a folder's images; 0: 32 (>= 0)
+    teacher: str = "auto"             # auto, train, none, a run folder, .pt, .pkl or address
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: of its preset (>= 0)
+    iters: int = 800_000              # optimiser steps (>= 1)
+    batch: int = 512                  # images per step, over all ranks (>= 1)
+    accum: int = 1                    # parts a rank's batch is split into, to save memory (>= 1)
+    lr: float = 4e-4                  # learning rate after warm-up (> 0)
+    warmup: int = 0                   # steps of linear warm-up (>= 0)
+    ema: float = 0.9999               # EMA decay; the averaged weights are sampled (>= 0, < 1)
+    flip: bool = False                # random horizontal flips
+    bf16: bool = False                # bfloat16 activations; weights and loss stay float32
+    compile: bool = False             # torch.compile the network
+    shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
+    steps: int = 2                    # sampling steps (>= 1)
+    grid: int = 64                    # images in a sample grid (>= 1)
+    log_every: int = 100              # steps between log lines (>= 1)
+    save_every: int = 5_000           # steps between checkpoints, grids and figures (>= 1)
+    keep: bool = False                # keep every checkpoint, not only the last two
+    max_skips: int = 0                # steps that may be skipped as not finite (>= 0)
+    fid: int = 0                      # images for an FID at the end; published: 50000 (>= 0)
+    fid_every: int = 0                # also measure it every so many steps (>= 0)
+    # --- the network (the same in every file)
+    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ncsnpp"  # network family
+    ch: int = 128                     # base width of the network (>= 4)
+    mult: tuple = (2, 2, 2)           # width of each resolution over ch; not for dit (>= 1)
+    blocks: int = 4                   # residual blocks per resolution; of dit: all (>= 1)
+    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
+    dropout: float = 0.0              # dropout inside the network (>= 0, < 1)
+    # --- the method (defaults: the paper's recipe for CIFAR-10, Table 3)
+    N: int = 0                        # noise levels; 0: 18, or as --boundaries allows (>= 0)
+    solver: Literal["heun", "euler"] = "heun"  # the teacher's step
+    distance: Literal["l2", "l1", "huber", "lpips"] = "l2"  # l2: squared; lpips: of that package
+    mu: float = 0.0                   # EMA decay of the target; 0: the network itself (>= 0, < 1)
+    guidance: float = 0.0             # classifier-free: D + guidance * (D - D without label) (>= 0)
+    boundaries: int = 1               # K segments of the path: f jumps to its own's end (>= 1)
+    t_mid: float = 0.585              # noise level of the second sampling step (> t_min, < t_max)
+    t_max: float = 80.0               # highest noise level, and that of the first step
+    t_min: float = 0.002              # lowest noise level: f(x, t_min) = x (> 0)
+    rho: float = 7.0                  # curvature of the grid: more low levels (> 0)
+    sd: float = 0.5                   # standard deviation of the data, sigma_data (> 0)
+
+
+PRESETS = {
+    "paper": dict(cost="800,000 steps of 512 images; the authors used eight A100"),
+    # ours, for two CPU cores: small networks, short averages, warm-up as the first five steps of
+    # RAdam are not normalised, and would wreck what the teacher knows
+    "small": dict(cost="half an hour on two CPU cores, teacher included", net="ddpmpp", iters=500,
+                  batch=64, lr=3e-4, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1,
+                  save_every=500),
+    "digits": dict(cost="10 minutes on two CPU cores, teacher included", iters=1_500, lr=2e-4,
+                   batch=128, warmup=50, ema=0.995, ch=32, net="ddpmpp",
+                   mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=0.15, sd=0.75),
+    "cifar10": dict(flip=True),
+    # the data's own standard deviation; the second sampling level follows it
+    "mnist": dict(sd=0.55, t_mid=0.9),
+    "fashion_mnist": dict(sd=0.66, t_mid=1.1),
+}
+
+
+def check(args):
+    """Flags that contradict each other. Raises BadInput."""
+    if args.guidance and not args.cond:
+        raise BadInput("--guidance needs a teacher that knows the classes; add --cond")
+    if args.N and (args.N < 2 or (args.N - 1) % args.boundaries):
+        raise BadInput(f"--N {args.N}: N - 1 must be a positive multiple of --boundaries "
+                       f"{args.boundaries}")
+
+
+def segments(args):
+    """The flags that follow from --boundaries K: N, and with more than one segment the steps."""
+    K, N = args.boundaries, args.N or 1 + math.ceil(17 / args.boundaries) * args.boundaries
+    if K == 1:
+        return dict(N=N)
+    say(f"--boundaries {K}: {N} noise levels, sampled in {K} steps")
+    return dict(N=N, steps=K)
+
+
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
 def main(args):
     """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
-    settle(args)                                          # *
+    check(args)                                           # *
+    args = run.resolve(**segments(args))                  # *
     lpips = perceptual(run.device) if args.distance == "lpips" else None  # *
     data = load(args.dataset, args.data_dir, args.size, run.device)
-    teacher = teachers.get(args, data, run, needed=True)  # *
+    teacher, found, changes = teachers.get(args, data, run, needed=True)  # *
+    args = run.resolve(**changes)                         # the architecture is the teacher's
     run.seed(-1)                                          # negative: the same on every rank
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     net = EDM(backbone(args, data, teacher), args.sd, args.t_min, dtype)  # *
@@ -220,15 +230,19 @@ def main(args):
         teacher.compile()                                 # *
     opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)  # *
     state = dict(net=net, ema=ema, target=target, opt=opt)  # *
-    draw = lambda noise, y: sample(ema, noise, y, args)
+
+    def draw(noise, y):                                   # what is evaluated
+        return sample(ema, noise, y, args)
+
+    def reseed():                                         # both calls of a step drop the same units
+        run.seed(it, part, stream=1)
 
     it = run.start(state, data)                           # a new folder, or where it stopped
-    teachers.show(teacher, run, data)                     # *
+    teachers.show(teacher, found, run, data)              # *
     while it < args.iters:
         for part in range(args.accum):
             run.seed(it, part)
             x0, y = run.batch(data, it, part)
-            reseed = lambda: run.seed(it, part, stream=1)
             loss, stats = loss_fn(net, target, teacher, x0, y, it, args, reseed, lpips)  # *
             (loss / args.accum).backward()
             run.count(stats)                              # sums stay on the device

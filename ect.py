@@ -34,60 +34,106 @@ import torch
 
 from common import teacher as teachers
 from common.data import load
-from common.precond import EDM, backbone
-from common.run import Run, parse
+from common.flags import parse
+from common.networks import backbone
+from common.precond import EDM
+from common.run import Run
 
 
-# ==== 1. Arguments ================================================================================
+# ==== 1. Schedules ================================================================================
+def times(n, it, args, device):
+    """Draw n noise levels t and their gaps t - r, each [n, 1, 1, 1], 0 < gap <= t."""
+    t = (torch.randn(n, 1, 1, 1, device=device) * args.P_std + args.P_mean).exp()
+    n_t = 1 + args.k * torch.sigmoid(-args.b * t)
+    a = 1 + it // args.double
+    gap = t * (n_t * args.q**-a).clamp(max=1)
+    return t, gap                     # the gap itself: t - r would lose digits when r is close to t
+
+
+# ==== 2. Loss =====================================================================================
+def loss_fn(net, x0, y, it, args, reseed):
+    """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t [B,1,1,1], loss [B].
+    reseed() resets the random generator, so that both calls of net drop the same units."""
+    t, gap = times(len(x0), it, args, x0.device)
+    r = t - gap
+    eps = torch.randn_like(x0)                            # one eps for both points: same path
+
+    reseed()                                              # same dropout mask in both calls
+    f_t = net(x0 + t * eps, t, y)
+    reseed()
+    with torch.no_grad():                                 # the target is a constant
+        f_r = net(x0 + r * eps, torch.where(r > 0, r, t), y)  # ln r is never taken at r = 0 ..
+        f_r = torch.where(r > 0, f_r, x0)                 # .. where f(x, 0) = x is known
+
+    d = ((f_t - f_r) ** 2).flatten(1).sum(1)              # squared distance per image [B]
+    d = (d + args.c**2).clamp(min=1e-24).sqrt() - args.c  # clamp: no NaN gradient at distance 0
+    loss = d / gap.flatten()
+    return loss.mean(), dict(t=t, loss=loss.detach(), gap=(gap / t).mean())
+
+
+# ==== 3. Sampling =================================================================================
+@torch.no_grad()
+def sample(net, noise, y, args):
+    """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
+    hi, lo, K = math.log10(args.t_max), math.log10(args.t_mid), len(noise)
+    ts = torch.logspace(hi, lo, K, dtype=noise.dtype, device=noise.device)
+    x = torch.zeros_like(noise[0])
+    for t, z in zip(ts, noise):                           # K = 1: t_max;  K = 2: t_max, t_mid
+        x = net(x + t * z, t.expand(len(z), 1, 1, 1), y)
+    return x.clamp(-1, 1)
+
+
+# ==== 4. Arguments ================================================================================
 @dataclass
 class Args:
     # --- the run (the same in every file)
-    dataset: str = "digits"           # digits | mnist | fashion_mnist | cifar10 | a folder | a .npz
+    dataset: str = "digits"           # digits, mnist, fashion_mnist, cifar10, a folder or a .npz
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
     resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # small on a CPU, else fast, paper
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without a GPU
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
-    size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
-    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
-    ch: int = 128                     # base width of the network
-    mult: tuple = (2, 2, 2)           # width of each resolution, times ch; not for dit
-    blocks: int = 4                   # residual blocks per resolution; of dit: all
-    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
-    teacher: str = "auto"             # auto | train | none | run folder | .pt | .pkl | address
-    teacher_iters: int = 0            # steps of a teacher trained here; 0: its own preset
-    iters: int = 200_000              # optimiser steps
-    batch: int = 128                  # images per step, over all ranks
-    accum: int = 1                    # parts into which a rank's batch is split to save memory
-    lr: float = 1e-4                  # learning rate after warm-up
-    warmup: int = 0                   # steps of linear warm-up
-    ema: float = 0.9999               # decay of the averaged weights, which are the ones sampled
-    dropout: float = 0.2              # dropout inside the network
+    size: int = 0                     # height and width of a folder's images; 0: 32 (>= 0)
+    teacher: str = "auto"             # auto, train, none, a run folder, .pt, .pkl or address
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: of its preset (>= 0)
+    iters: int = 200_000              # optimiser steps (>= 1)
+    batch: int = 128                  # images per step, over all ranks (>= 1)
+    accum: int = 1                    # parts a rank's batch is split into, to save memory (>= 1)
+    lr: float = 1e-4                  # learning rate after warm-up (> 0)
+    warmup: int = 0                   # steps of linear warm-up (>= 0)
+    ema: float = 0.9999               # EMA decay; the averaged weights are sampled (>= 0, < 1)
     flip: bool = False                # random horizontal flips
     bf16: bool = False                # bfloat16 activations; weights and loss stay float32
     compile: bool = False             # torch.compile the network
     shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
-    steps: int = 2                    # sampling steps
-    grid: int = 64                    # images in a sample grid
-    log_every: int = 100              # steps between log lines
-    save_every: int = 5_000           # steps between checkpoints, grids and figures
+    steps: int = 2                    # sampling steps (>= 1)
+    grid: int = 64                    # images in a sample grid (>= 1)
+    log_every: int = 100              # steps between log lines (>= 1)
+    save_every: int = 5_000           # steps between checkpoints, grids and figures (>= 1)
     keep: bool = False                # keep every checkpoint, not only the last two
-    max_skips: int = 0                # steps that may be skipped because they are not finite
-    fid: int = 0                      # images for an FID at the end: 50000 for a published figure
-    fid_every: int = 0                # also measure it every so many steps
+    max_skips: int = 0                # steps that may be skipped as not finite (>= 0)
+    fid: int = 0                      # images for an FID at the end; published: 50000 (>= 0)
+    fid_every: int = 0                # also measure it every so many steps (>= 0)
+    # --- the network (the same in every file)
+    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
+    ch: int = 128                     # base width of the network (>= 4)
+    mult: tuple = (2, 2, 2)           # width of each resolution over ch; not for dit (>= 1)
+    blocks: int = 4                   # residual blocks per resolution; of dit: all (>= 1)
+    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
+    dropout: float = 0.2              # dropout inside the network (>= 0, < 1)
     # --- the method (defaults: the authors' 200k-step recipe for CIFAR-10, run_ecm.sh)
-    q: float = 2.0                    # the gap shrinks by q ..
-    double: int = 25_000              # .. every so many steps
-    k: float = 8.0                    # n(t) = 1 + k * sigmoid(-b * t)
-    b: float = 1.0                    # see k
-    c: float = 0.0                    # pseudo-Huber constant; 0: the plain L2 norm
+    q: float = 2.0                    # each stage shrinks the gap by this factor (>= 1)
+    double: int = 25_000              # steps of a stage (>= 1)
+    k: float = 8.0                    # n(t) = 1 + k * sigmoid(-b * t) (>= 0)
+    b: float = 1.0                    # slope of n(t)
+    c: float = 0.0                    # pseudo-Huber constant; 0: the plain L2 norm (>= 0)
     P_mean: float = -1.1              # mean of ln t
-    P_std: float = 2.0                # standard deviation of ln t
-    t_mid: float = 0.821              # noise level of the second sampling step
-    t_max: float = 80.0               # noise level of the first
-    sd: float = 0.5                   # standard deviation of the data, sigma_data
+    P_std: float = 2.0                # standard deviation of ln t (>= 0)
+    t_mid: float = 0.821              # noise level of the second sampling step (> 0, < t_max)
+    t_max: float = 80.0               # noise level of the first sampling step
+    sd: float = 0.5                   # standard deviation of the data, sigma_data (> 0)
 
 
 PRESETS = {
@@ -109,55 +155,13 @@ PRESETS = {
 }
 
 
-# ==== 2. Schedules ================================================================================
-def times(n, it, args, device):
-    """Draw n noise levels t and their gaps t - r, each [n, 1, 1, 1], 0 < gap <= t."""
-    t = (torch.randn(n, 1, 1, 1, device=device) * args.P_std + args.P_mean).exp()
-    n_t = 1 + args.k * torch.sigmoid(-args.b * t)
-    a = 1 + it // args.double
-    gap = t * (n_t * args.q**-a).clamp(max=1)
-    return t, gap                     # the gap itself: t - r would lose digits when r is close to t
-
-
-# ==== 3. Loss =====================================================================================
-def loss_fn(net, x0, y, it, args, reseed):
-    """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t [B,1,1,1], loss [B].
-    reseed() resets the random generator, so that both calls of net drop the same units."""
-    t, gap = times(len(x0), it, args, x0.device)
-    r = t - gap
-    eps = torch.randn_like(x0)                            # one eps for both points: same path
-
-    reseed()                                              # same dropout mask in both calls
-    f_t = net(x0 + t * eps, t, y)
-    reseed()
-    with torch.no_grad():                                 # the target is a constant
-        f_r = net(x0 + r * eps, torch.where(r > 0, r, t), y)  # ln r is never taken at r = 0 ..
-        f_r = torch.where(r > 0, f_r, x0)                 # .. where f(x, 0) = x is known
-
-    d = ((f_t - f_r) ** 2).flatten(1).sum(1)              # squared distance per image [B]
-    d = (d + args.c**2).clamp(min=1e-24).sqrt() - args.c  # clamp: no NaN gradient at distance 0
-    loss = d / gap.flatten()
-    return loss.mean(), dict(t=t, loss=loss.detach(), gap=(gap / t).mean())
-
-
-# ==== 4. Sampling =================================================================================
-@torch.no_grad()
-def sample(net, noise, y, args):
-    """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
-    hi, lo, K = math.log10(args.t_max), math.log10(args.t_mid), len(noise)
-    ts = torch.logspace(hi, lo, K, dtype=noise.dtype, device=noise.device)
-    x = torch.zeros_like(noise[0])
-    for t, z in zip(ts, noise):                           # K = 1: t_max;  K = 2: t_max, t_mid
-        x = net(x + t * z, t.expand(len(z), 1, 1, 1), y)
-    return x.clamp(-1, 1)
-
-
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
 def main(args):
     """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
     data = load(args.dataset, args.data_dir, args.size, run.device)
-    teacher = teachers.get(args, data, run)               # *
+    teacher, found, changes = teachers.get(args, data, run)  # *
+    args = run.resolve(**changes)                         # the architecture is the teacher's
     run.seed(-1)                                          # negative: the same on every rank
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     net = EDM(backbone(args, data, teacher), args.sd, dtype=dtype)  # *
@@ -167,15 +171,19 @@ def main(args):
         net.compile()                                     # *
     opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)  # *
     state = dict(net=net, ema=ema, opt=opt)               # *
-    draw = lambda noise, y: sample(ema, noise, y, args)
+
+    def draw(noise, y):                                   # what is evaluated
+        return sample(ema, noise, y, args)
+
+    def reseed():                                         # both calls of a step drop the same units
+        run.seed(it, part, stream=1)
 
     it = run.start(state, data)                           # a new folder, or where it stopped
-    teachers.show(teacher, run, data)                     # *
+    teachers.show(teacher, found, run, data)              # *
     while it < args.iters:
         for part in range(args.accum):
             run.seed(it, part)
             x0, y = run.batch(data, it, part)
-            reseed = lambda: run.seed(it, part, stream=1)
             loss, stats = loss_fn(net, x0, y, it, args, reseed)  # *
             (loss / args.accum).backward()
             run.count(stats)                              # sums stay on the device

@@ -10,8 +10,8 @@ One training step of the student: each of the first H, then one in F            
     x_t     =  cos(t)*x0 + sin(t)*z,   z = sd*eps          # f(x, t) = cos(t)*x - sin(t)*sd*F(x, t)
     F_T     =  F_u + (1 + guidance) * (F_c - F_u)          # teacher without and with the class
     dF      =  cos(t)*sin(t) * dF(x_t, t)/dt along (sd*F_T, 1)                            # JVP
-    g       =  -cos(t)*sqrt(1 - (r*sin(t))^2) * (F - F_T) - r*cos(t)*sin(t)*x_t/sd - dF
-    loss    =  loss_scale * |F - (F + g/(|g| + c))|^2      # no gradient through F + g;  r: 0 .. 1
+    g       =  -cos(t)*sqrt(1 - (ramp*sin(t))^2)*(F - F_T) - ramp*cos(t)*sin(t)*x_t/sd - dF
+    loss    =  loss_scale * |F - (F + g/(|g| + c))|^2      # no gradient through F + g; ramp: 0 .. 1
     and after the first H also, for images x of the student, made in N = 1..N_max steps,
     x_t     =  cos(t)*x + sin(t)*z,    t as above with D_mean, D_std
     q       =  (f_fake - f_T) / mean|x - f_T|              # at (x_t, t)
@@ -38,116 +38,41 @@ import torch
 
 from common import teacher as teachers
 from common.data import load
+from common.flags import BadInput, parse, say
 from common.jvp import jvp, probe
-from common.precond import TrigFlow, backbone, trig
-from common.run import BadInput, Run, parse, say
+from common.networks import backbone
+from common.precond import TrigFlow, trig
+from common.run import Run
 
 
-# ==== 1. Arguments ================================================================================
-@dataclass
-class Args:
-    # --- the run (the same in every file)
-    dataset: str = "digits"           # digits | mnist | fashion_mnist | cifar10 | a folder | a .npz
-    data_dir: str = "data"            # where downloads are kept
-    out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
-    resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # small on a CPU, else fast, paper
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
-    seed: int = 0                     # everything random follows from (seed, rank, step)
-    cond: bool = False                # condition on the class label
-    size: int = 0                     # height and width of a folder's images; 0: 32, or as stored
-    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
-    ch: int = 128                     # base width of the network
-    mult: tuple = (2, 2, 2)           # width of each resolution, times ch; not for dit
-    blocks: int = 4                   # residual blocks per resolution; of dit: all
-    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
-    teacher: str = "auto"             # auto | train | none | run folder | .pt | .pkl | address
-    teacher_iters: int = 0            # steps of a teacher trained here; 0: its own preset
-    iters: int = 100_000              # optimiser steps
-    batch: int = 512                  # images per step, over all ranks
-    accum: int = 1                    # parts into which a rank's batch is split to save memory
-    lr: float = 5e-5                  # learning rate after warm-up
-    warmup: int = 100                 # steps of linear warm-up
-    ema: float = 0.99929              # decay of the averaged weights, which are the ones sampled
-    dropout: float = 0.0              # dropout inside the network
-    flip: bool = False                # random horizontal flips
-    bf16: bool = False                # bfloat16 activations; weights and loss stay float32
-    compile: bool = False             # torch.compile the network
-    shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
-    steps: int = 2                    # sampling steps
-    grid: int = 64                    # images in a sample grid
-    log_every: int = 100              # steps between log lines
-    save_every: int = 5_000           # steps between checkpoints, grids and figures
-    keep: bool = False                # keep every checkpoint, not only the last two
-    max_skips: int = 0                # steps that may be skipped because they are not finite
-    fid: int = 0                      # images for an FID at the end: 50000 for a published figure
-    fid_every: int = 0                # also measure it every so many steps
-    # --- the method (defaults: the paper's for text to image, App. E; p_G is sCM's for CIFAR-10)
-    flow: Literal["edm", "trig"] = "trig"  # of the teacher; trig: smooth in t, as sCM wants
-    jvp: Literal["exact", "fd"] = "exact"  # fd: a difference, for networks without forward mode
-    guidance: float = 0.0             # classifier-free guidance of the teacher, with --cond
-    c: float = 0.1                    # g / (|g| + c)
-    H: int = 0                        # steps in which r goes from 0 to 1, all the student's
-    loss_scale: float = 100.0         # weight of sCM; 0: DMD alone
-    lambda_dmd: float = 1.0           # weight of DMD; 0: sCM alone, and no steps of fake
-    F: int = 5                        # one step in F is the student's, the others are fake's
-    N_max: int = 4                    # the student's images take 1 to N_max sampling steps ..
-    rollout: Literal["random", "fixed"] = "random"  # .. at random times, or at those of --steps N
-    fake_lr: float = 0.2              # learning rate of fake, in units of --lr
-    sigma_rel: float = 0.05           # width of the average, of all updates; 0: take --ema
-    P_mean: float = -1.0              # mean of ln(sigma) in sCM, sigma = sd * tan(t)
-    P_std: float = 1.4                # standard deviation of ln(sigma)
-    D_mean: float = 0.0               # the same in DMD, for fake, and for random rollouts
-    D_std: float = 1.6                # its standard deviation
-    t_mid: float = 1.1                # time of the second sampling step; sigma 0.98 for sd 0.5
-    sigma_max: float = 80.0           # noise level of the first; its time is arctan(sigma_max / sd)
-    sd: float = 0.5                   # standard deviation of the data, sigma_data
-
-
-PRESETS = {
-    "paper": dict(cost="100,000 steps of 512 images, a fifth the student's: days on several GPUs"),
-    "fast": dict(cost="20,000 steps of 256 images", flow="edm", iters=20_000, batch=256),
-    # ours. small: few steps, so most are the student's alone; digits: found by the table in README
-    "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=300, batch=64,
-                  lr=1.5e-4, warmup=50, H=100, F=2, N_max=1, fake_lr=1.0, ch=32, mult=(1, 1, 2),
-                  blocks=1, save_every=150),
-    "digits": dict(cost="about 10 minutes on two CPU cores, teacher included", iters=1_250,
-                   batch=128, lr=3e-4, warmup=50, H=100, lambda_dmd=50.0, F=2, N_max=1, fake_lr=1.0,
-                   ch=32, mult=(1, 2), blocks=1, attn=(4,), save_every=250, sd=0.75),
-    "mnist": dict(sd=0.55), "fashion_mnist": dict(sd=0.66),  # the data's own standard deviation
-}
-
-
-def check(args):
-    """Flags that contradict each other. Raises BadInput."""
-    if not args.loss_scale and (args.H or not args.lambda_dmd):
-        raise BadInput("--loss-scale 0 leaves DMD alone: add --H 0, and --lambda-dmd above 0")
-    if args.guidance and not args.cond:
-        raise BadInput("--guidance needs a teacher that knows the classes; add --cond")
-
-
-# ==== 2. Schedules ================================================================================
+# ==== 1. Schedules ================================================================================
 def is_students(it, args):
     """Is step it the student's? Each of the first H is, and then one in F; the rest is fake's."""
-    return not args.lambda_dmd or it < args.H or (it - args.H) % args.F == 0
+    return not args.lambda_dmd or it < args.H or (it - args.H) % args.student_every == 0
 
 
 def updates(it, args):
     """Updates of the student before step it."""
     late = max(it - args.H, 0) if args.lambda_dmd else 0
-    return it - late + math.ceil(late / args.F)
+    return it - late + math.ceil(late / args.student_every)
+
+
+def power(sigma_rel):
+    """The exponent g of an average whose weights grow like k^g, k counting updates, so that their
+    spread is sigma_rel times their number: power(0.05) = 16.97 (EDM2, arXiv:2312.02696, App. C)."""
+    s = sigma_rel**-2                                     # = (g + 2)^2 (g + 3) / (g + 1), or ..
+    g = torch.linalg.eigvals(torch.tensor([[-7, s - 16, s - 12], [1, 0, 0], [0, 1, 0]]))
+    return float(g.real.max())                            # .. g^3 + 7 g^2 + (16 - s) g + 12 - s = 0
 
 
 def average(it, args):
-    """Decay of the averaged weights: a power function of the student's updates, as in EDM2."""
+    """EMA decay in step `it`: the average of `power` over the student's updates; 1 in fake's."""
     if not is_students(it, args):
         return 1.0
     k = updates(it, args)
     if not args.sigma_rel:
         return min(args.ema, (k + 1) / (k + 10))
-    s = args.sigma_rel**-2                                # g^3 + 7 g^2 + (16 - s) g + 12 - s = 0
-    roots = torch.linalg.eigvals(torch.tensor([[-7, s - 16, s - 12], [1, 0, 0], [0, 1, 0]]))
-    return (1 - 1 / (k + 1)) ** (float(roots.real.max()) + 1)
+    return (1 - 1 / (k + 1)) ** (power(args.sigma_rel) + 1)
 
 
 def rounds(it, args):
@@ -177,7 +102,7 @@ def rollout_times(N, x0, args):
     return torch.stack([fixed[0], *ts]).cummin(0).values
 
 
-# ==== 3. Loss =====================================================================================
+# ==== 2. Loss =====================================================================================
 def f(x, t, F, args):
     """The consistency function of the student, the denoiser of the other two. x, t: float64."""
     return t.cos() * x - t.sin() * args.sd * F
@@ -214,21 +139,23 @@ def scm_loss(net, teacher, x0, z, y, it, args, reseed):
     _, dF = jvp(masked, (x_t, t), tangents, exact=args.jvp == "exact")  # a pass without gradient
 
     F = masked(x_t, t)                                    # gradient flows here
-    r = min(1, it / args.H) if args.H else 1              # 0: the teacher's velocity; dF is whole
-    g = -cos * (1 - (r * sin) ** 2).sqrt() * (F.detach() - F_T) - r * cos * sin * x_t / args.sd - dF
+    ramp = min(1, it / args.H) if args.H else 1           # 0: the teacher's velocity; dF is whole
+    g = -cos * (1 - (ramp * sin) ** 2).sqrt() * (F.detach() - F_T)
+    g = g - ramp * cos * sin * x_t / args.sd - dF
     norm = g.flatten(1).norm(dim=1)                       # [B]
     g = g / (norm.view(-1, 1, 1, 1) + args.c)             # bounded, however steep f is
 
     d = ((F - F.detach() - g) ** 2).flatten(1).sum(1)     # value |g|^2, gradient -2 g
-    return d, dict(t=args.sd * t.tan(), tangent=norm.mean(), r=r)
+    return d, dict(t=args.sd * t.tan(), tangent=norm.mean(), ramp=ramp)
 
 
-def dmd_loss(net, fake, teacher, z, y, args):
-    """|x - (x - q)|^2 [B] in units of sd, the part of scores, for x of noise z [N+1,B,C,H,W]."""
-    x = rollout(net, z[1:], y, args)
+def dmd_loss(net, fake, teacher, z_roll, z, y, args):
+    """|x - (x - q)|^2 [B] in units of sd, the part of scores: of images x that the student makes of
+    z_roll [N,B,C,H,W], with the noise z [B,C,H,W] at the times of D_mean and D_std."""
+    x = rollout(net, z_roll, y, args)
     t = times(x, args.D_mean, args.D_std, args)
     with torch.no_grad():
-        x_t = t.cos() * x + t.sin() * z[0]
+        x_t = t.cos() * x + t.sin() * z
         f_T = f(x_t, t, guided(teacher, x_t, t, y, args), args)
         W = (x - f_T).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
         q = (f(x_t, t, fake.F(x_t, t, y), args) - f_T) / W
@@ -242,13 +169,14 @@ def loss_fn(net, fake, teacher, x0, y, it, args, reseed):
     float64. reseed() resets the random generator: the calls in scm_loss drop the same units."""
     x0 = x0.to(torch.float32 if x0.is_mps else torch.float64)
     N = rounds(it, args) if args.lambda_dmd and it >= args.H else 0
-    z = args.sd * torch.randn_like(x0.expand(N + 2, *x0.shape))
+    z_scm, z_dmd = args.sd * torch.randn_like(x0), args.sd * torch.randn_like(x0)
+    z_roll = args.sd * torch.randn_like(x0.expand(N, *x0.shape))
     loss, stats = 0, {}
     if N:
-        d, stats = dmd_loss(net, fake, teacher, z[1:], y, args)
+        d, stats = dmd_loss(net, fake, teacher, z_roll, z_dmd, y, args)
         loss = loss + args.lambda_dmd * d
     if args.loss_scale:
-        d, more = scm_loss(net, teacher, x0, z[0], y, it, args, reseed)
+        d, more = scm_loss(net, teacher, x0, z_scm, y, it, args, reseed)
         loss, stats = loss + args.loss_scale * d, stats | more
     return loss.mean(), stats | dict(loss=loss.detach())
 
@@ -256,17 +184,18 @@ def loss_fn(net, fake, teacher, x0, y, it, args, reseed):
 def fake_loss_fn(net, fake, x0, y, it, args):
     """As loss_fn, of fake: diffusion training on images of the student. x0 gives the shape."""
     x0 = x0.to(torch.float32 if x0.is_mps else torch.float64)
-    z = args.sd * torch.randn_like(x0.expand(rounds(it, args) + 1, *x0.shape))
+    z = args.sd * torch.randn_like(x0)
+    z_roll = args.sd * torch.randn_like(x0.expand(rounds(it, args), *x0.shape))
     with torch.no_grad():                                 # the student is a constant
-        x = rollout(net, z[1:], y, args)
+        x = rollout(net, z_roll, y, args)
     t = times(x, args.D_mean, args.D_std, args)
-    cos, sin, z = t.cos(), t.sin(), z[0]
+    cos, sin = t.cos(), t.sin()
     F = fake.F(cos * x + sin * z, t, y)
     loss = ((F - (cos * z - sin * x) / args.sd) ** 2).flatten(1).sum(1)
     return loss.mean(), dict(t=args.sd * t.tan(), loss=loss.detach(), fake=loss.detach().mean())
 
 
-# ==== 4. Sampling =================================================================================
+# ==== 3. Sampling =================================================================================
 @torch.no_grad()
 def sample(net, noise, y, args):
     """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
@@ -277,13 +206,102 @@ def sample(net, noise, y, args):
     return x.clamp(-1, 1)
 
 
+# ==== 4. Arguments ================================================================================
+@dataclass
+class Args:
+    renamed = dict(F="student_every")  # neither field nor flag: names in config.json of older runs
+    # --- the run (the same in every file)
+    dataset: str = "digits"           # digits, mnist, fashion_mnist, cifar10, a folder or a .npz
+    data_dir: str = "data"            # where downloads are kept
+    out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
+    resume: str = ""                  # go on with this run folder; a finished one is only sampled
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without a GPU
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
+    seed: int = 0                     # everything random follows from (seed, rank, step)
+    cond: bool = False                # condition on the class label
+    size: int = 0                     # height and width of a folder's images; 0: 32 (>= 0)
+    teacher: str = "auto"             # auto, train, none, a run folder, .pt, .pkl or address
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: of its preset (>= 0)
+    iters: int = 100_000              # optimiser steps (>= 1)
+    batch: int = 512                  # images per step, over all ranks (>= 1)
+    accum: int = 1                    # parts a rank's batch is split into, to save memory (>= 1)
+    lr: float = 5e-5                  # learning rate after warm-up (> 0)
+    warmup: int = 100                 # steps of linear warm-up (>= 0)
+    ema: float = 0.99929              # EMA decay; the averaged weights are sampled (>= 0, < 1)
+    flip: bool = False                # random horizontal flips
+    bf16: bool = False                # bfloat16 activations; weights and loss stay float32
+    compile: bool = False             # torch.compile the network
+    shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
+    steps: int = 2                    # sampling steps (>= 1)
+    grid: int = 64                    # images in a sample grid (>= 1)
+    log_every: int = 100              # steps between log lines (>= 1)
+    save_every: int = 5_000           # steps between checkpoints, grids and figures (>= 1)
+    keep: bool = False                # keep every checkpoint, not only the last two
+    max_skips: int = 0                # steps that may be skipped as not finite (>= 0)
+    fid: int = 0                      # images for an FID at the end; published: 50000 (>= 0)
+    fid_every: int = 0                # also measure it every so many steps (>= 0)
+    # --- the network (the same in every file)
+    net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
+    ch: int = 128                     # base width of the network (>= 4)
+    mult: tuple = (2, 2, 2)           # width of each resolution over ch; not for dit (>= 1)
+    blocks: int = 4                   # residual blocks per resolution; of dit: all (>= 1)
+    attn: tuple = (16,)               # image sizes at which there is attention; not for dit
+    dropout: float = 0.0              # dropout inside the network (>= 0, < 1)
+    # --- the method (defaults: the paper's for text to image, App. E; p_G is sCM's for CIFAR-10)
+    flow: Literal["edm", "trig"] = "trig"  # of the teacher; trig: smooth in t, as in sCM
+    jvp: Literal["exact", "fd"] = "exact"  # fd: a difference, for networks without forward mode
+    guidance: float = 0.0             # classifier-free: F + guidance * (F - F without label) (>= 0)
+    c: float = 0.1                    # g / (|g| + c) (>= 0)
+    H: int = 0                        # steps in which ramp goes from 0 to 1, without DMD (>= 0)
+    loss_scale: float = 100.0         # weight of sCM; 0: DMD alone (>= 0)
+    lambda_dmd: float = 1.0           # weight of DMD; 0: sCM alone, no steps of fake (>= 0)
+    student_every: int = 5            # one step in so many is the student's, the rest fake's (>= 2)
+    N_max: int = 4                    # the student's images take 1 to N_max steps (>= 1)
+    rollout: Literal["random", "fixed"] = "random"  # .. at random times, or at those of the sampler
+    fake_lr: float = 0.2              # learning rate of fake, in units of --lr (>= 0)
+    sigma_rel: float = 0.05           # width of the EMA over all updates; 0: --ema (>= 0, <= 0.28)
+    P_mean: float = -1.0              # mean of ln(sigma) in sCM, sigma = sd * tan(t)
+    P_std: float = 1.4                # standard deviation of ln(sigma) in sCM (>= 0)
+    D_mean: float = 0.0               # mean of ln(sigma) in DMD, for fake and random rollouts
+    D_std: float = 1.6                # standard deviation of ln(sigma) there (>= 0)
+    t_mid: float = 1.1                # time of the second step; sigma .98 at sd .5 (> 0, < 1.5708)
+    sigma_max: float = 80.0           # noise level of the first, t = arctan(sigma_max / sd) (> 0)
+    sd: float = 0.5                   # standard deviation of the data, sigma_data (> 0)
+
+
+PRESETS = {
+    "paper": dict(cost="100,000 steps of 512 images, a fifth the student's: days on several GPUs"),
+    "fast": dict(cost="20,000 steps of 256 images", flow="edm", iters=20_000, batch=256),
+    # ours. small: few steps, so most are the student's alone; digits: found by the table in README
+    "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=300, batch=64,
+                  lr=1.5e-4, warmup=50, H=100, student_every=2, N_max=1, fake_lr=1.0, ch=32,
+                  mult=(1, 1, 2), blocks=1, save_every=150),
+    "digits": dict(cost="about 10 minutes on two CPU cores, teacher included", iters=1_250,
+                   batch=128, lr=3e-4, warmup=50, H=100, lambda_dmd=50.0, student_every=2, N_max=1,
+                   fake_lr=1.0, ch=32, mult=(1, 2), blocks=1, attn=(4,), save_every=250, sd=0.75),
+    "mnist": dict(sd=0.55), "fashion_mnist": dict(sd=0.66),  # the data's own standard deviation
+}
+
+
+def check(args):
+    """Flags that contradict each other. Raises BadInput."""
+    if not args.loss_scale and (args.H or not args.lambda_dmd):
+        raise BadInput("--loss-scale 0 leaves DMD alone: add --H 0, and --lambda-dmd above 0")
+    if args.guidance and not args.cond:
+        raise BadInput("--guidance needs a teacher that knows the classes; add --cond")
+    if args.compile and args.dropout:
+        raise BadInput("--compile: compiled and differentiated networks drop different units; "
+                       "add --dropout 0")
+
+
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
 def main(args):
     """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
-    data = load(args.dataset, args.data_dir, args.size, run.device)
     check(args)                                           # *
-    teacher = teachers.get(args, data, run, needed=True)  # *
+    data = load(args.dataset, args.data_dir, args.size, run.device)
+    teacher, found, changes = teachers.get(args, data, run, needed=True)  # *
+    args = run.resolve(**changes)                         # the architecture is the teacher's
     run.seed(-1)                                          # negative: the same on every rank
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     net = TrigFlow(backbone(args, data, teacher), args.sd, args.flow, dtype)  # *
@@ -298,10 +316,15 @@ def main(args):
     opt_net, opt_fake = (torch.optim.AdamW(m.parameters(), lr=args.lr, betas=(0.0, 0.999),  # *
                          weight_decay=0.01, foreach=True) for m in (net, fake))  # *
     state = dict(net=net, ema=ema, fake=fake, opt=opt_net, opt_fake=opt_fake)  # *
-    draw = lambda noise, y: sample(ema, noise, y, args)
+
+    def draw(noise, y):                                   # what is evaluated
+        return sample(ema, noise, y, args)
+
+    def reseed():                                         # both calls of a step drop the same units
+        run.seed(it, part, stream=1)
 
     it = run.start(state, data)                           # a new folder, or where it stopped
-    teachers.show(teacher, run, data)                     # *
+    teachers.show(teacher, found, run, data)              # *
     say(f"  t_mid     {args.t_mid:g}: noise level {args.sd * math.tan(args.t_mid):.3g}")  # *
     teacher = trig(teacher)                               # its F, whatever its own flow  # *
     while it < args.iters:
@@ -310,7 +333,6 @@ def main(args):
         for part in range(args.accum):
             run.seed(it, part)
             x0, y = run.batch(data, it, part)
-            reseed = lambda: run.seed(it, part, stream=1)
             if students:                                  # *
                 loss, stats = loss_fn(net, fake, teacher, x0, y, it, args, reseed)  # *
             else:                                         # *

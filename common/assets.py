@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.run import BadInput, say
+from common.flags import BadInput, say
 
 SHA256 = {                          # of the bytes of images uint8 [N, H, W, C] and labels int64 [N]
     "cifar10-train": ("47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",

@@ -11,9 +11,15 @@ import torch
 from PIL import Image, ImageOps
 
 from common import assets
-from common.run import DATASETS, BadInput, mix
+from common.flags import DATASETS, BadInput
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def mix(*ints):
+    """One 63-bit seed from several integers; neighbouring inputs give unrelated seeds."""
+    digest = hashlib.blake2b(repr(ints).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass

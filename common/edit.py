@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from common.data import load
-from common.run import BadInput
+from common.flags import BadInput
 
 LUMA = torch.tensor([.2989, .5870, .1140], dtype=torch.float64).view(3, 1, 1)     # luminance of red, green, blue
 

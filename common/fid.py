@@ -11,7 +11,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common import assets
+from common.data import load, mix
+from common.flags import Parser, device_of
+
 MODE = "legacy_tensorflow"        # the resize behind the published figures; clean-fid's own is "clean"
+
+
+def noise_of(ids, k, shape, device, seed=0):
+    """Standard normal noise [k, len(ids), *shape]: image i depends on (seed, i) alone, not on its batch, its rank or
+    the device, and its first slice not on k. float64 where the device has it."""
+    def one(i):
+        g = torch.Generator().manual_seed(mix(seed, int(i)))
+        return torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(k)])
+    wide = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    return torch.stack([one(i) for i in ids], 1).to(wide).to(device)
 
 
 def quantise(x):
@@ -47,7 +61,6 @@ def fid(data, fake, data_dir, mode=MODE):
 @lru_cache(maxsize=1)
 def inception(data_dir, device):
     """The network on `device`; on the CPU instead of a device without float64."""
-    from common import assets                             # imports run.py, which imports this file
     return assets.inception(data_dir).to(device if device.type == "cuda" else "cpu")
 
 
@@ -119,8 +132,6 @@ def resize(x, size=299):
 
 def main(argv=None):
     """python -m common.fid IMAGES REFERENCE"""
-    from common.data import load
-    from common.run import Parser, device_of
     ap = Parser(prog="python -m common.fid", allow_abbrev=False, description="FID of one set of images against "
                 "another; each is a data set, such as cifar10 or cifar10-test, a folder of images or a .npz.")
     ap.add_argument("images")

@@ -4,11 +4,7 @@ import torch
 import torch.nn as nn
 
 from common import jvp
-from common.dit import DiT
-from common.run import BadInput
-from common.unet import Linear, UNet
-
-NETS = dict(ddpmpp=UNet, ncsnpp=UNet, adm=UNet, dit=DiT)
+from common.unet import Linear
 
 
 class EDM(nn.Module):
@@ -24,7 +20,7 @@ class EDM(nn.Module):
 
     @property
     def spec(self):
-        """What `build` needs to make this network again, beside its weights."""
+        """What networks.build needs to make this network again, beside its weights."""
         return dict(flow="edm", net=self.model.kwargs["net"], kwargs=self.model.kwargs, sd=self.sd, t_min=self.t_min)
 
     def forward(self, x, t, y=None):
@@ -97,34 +93,3 @@ def rf_from_trig(t, x, F, sd):
     n = ((1 - s) ** 2 * sd**2 + s**2).sqrt()
     x = x * n / sd
     return s, x, (F - ((1 - s) * sd**2 - s) / (n * sd) * x) * sd / n
-
-
-def build(spec, dtype=torch.float32):
-    """The untrained network that `spec` (of a checkpoint) describes."""
-    model = NETS[spec["net"]](**spec["kwargs"])
-    if spec["flow"] == "trig":
-        return TrigFlow(model, spec["sd"], spec["raw"], dtype)
-    return EDM(model, spec["sd"], spec["t_min"], dtype)
-
-
-def backbone(args, data, teacher=None, **more):
-    """The raw network F that the flags describe, `more` being keywords without a flag, or a copy of the teacher's, in
-    either case with the run's own dropout. --flow trig: as sCM made it, smooth in the noise level, whose derivative
-    enters the loss. Raises BadInput where the flags do not fit the images."""
-    _, channels, size, _ = data.images.shape
-    if teacher is not None:
-        kwargs = dict(teacher.model.kwargs, dropout=args.dropout)
-    else:
-        if getattr(args, "flow", "edm") == "trig" and NETS[args.net] is UNet:
-            more |= dict(norm="double", fourier=0.02)
-        kwargs = dict(size=size, channels=channels, ch=args.ch, mult=args.mult, blocks=args.blocks, attn=args.attn,
-                      classes=data.classes if args.cond else 0, dropout=args.dropout, net=args.net, **more)
-    if args.cond and not data.classes:
-        raise BadInput(f"--cond: {data.name} has no labels")
-    try:
-        model = NETS[args.net](**kwargs)
-    except ValueError as e:
-        raise BadInput(f"--net {args.net}: {e}")
-    if teacher is not None:
-        model.load_state_dict(teacher.model.state_dict())
-    return model

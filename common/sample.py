@@ -5,7 +5,7 @@ Images from any run: a run folder, or one of its checkpoints. --out ends in .png
 --edit changes images without training; a .png then has three rows: the images, what the network gets to see of them
 (noisy, grey, coarse or with a hole), the result."""
 import importlib
-import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from common import edit, fid, teacher
 from common.data import load
-from common.fid import fd_pixels, quantise
-from common.run import FD_IMAGES, BadInput, Parser, config_of, device_of, integers, noise_of, picture, refuse
+from common.evaluate import FD_IMAGES, picture
+from common.fid import fd_pixels, noise_of, quantise
+from common.flags import BadInput, Parser, check_bounds, config_of, device_of, integers, known
 
 EDITS = ("inpaint", "colorize", "superres", "stroke", "denoise")                 # of images; interpolate has none
 FOR = dict(images=EDITS, mask=("inpaint",), patch=("superres",), sigma=("stroke", "denoise"))
@@ -48,17 +49,25 @@ def flags(argv=None):
     ap.add_argument("--data-dir", "--data_dir", help="where the run's data set is [as in the run]")
     ap.add_argument("--out", help="a .png, a .npz or a folder [grid.png]")
     a = ap.parse_args(argv)
-    given = lambda *names: any(getattr(a, k) is not None for k in names)
-    refuse((given(flag) and a.edit not in edits, f"--{flag} is for --edit {' | '.join(edits)} alone; leave it out")
-           for flag, edits in FOR.items())
-    refuse([
-        (min(n for n in (a.steps, a.n, a.batch) if n is not None) < 1, "--steps, --n and --batch must be at least 1"),
-        (a.find_ts and (given("t_mid", "ts", "edit", "out") or a.steps not in (None, 2)),
-         "--find-ts prints the best second level of two; leave out --steps, --t-mid, --ts, --edit, --out"),
-        (a.fid and not a.find_ts, "--fid is for --find-ts; of any images: --out some.npz, then python -m common.fid"),
-        (given("ts") and given("steps", "t_mid", "sigma") or a.edit in EDITS and given("steps", "t_mid"),
-         "--ts gives all levels, to --edit as well; leave out --steps, --t-mid and --sigma beside it")])
+    check(a)
     return a
+
+
+def check(a):
+    """Flags that contradict each other. Raises BadInput."""
+    def given(*names):
+        return any(getattr(a, k) is not None for k in names)
+    for flag, edits in FOR.items():
+        if given(flag) and a.edit not in edits:
+            raise BadInput(f"--{flag} is for --edit {' | '.join(edits)} alone; leave it out")
+    if min(n for n in (a.steps, a.n, a.batch) if n is not None) < 1:
+        raise BadInput("--steps, --n and --batch must be at least 1")
+    if a.find_ts and (given("t_mid", "ts", "edit", "out") or a.steps not in (None, 2)):
+        raise BadInput("--find-ts prints the best second level of two; leave out --steps, --t-mid, --ts, --edit, --out")
+    if a.fid and not a.find_ts:
+        raise BadInput("--fid is for --find-ts; of any images: --out some.npz, then python -m common.fid")
+    if given("ts") and given("steps", "t_mid", "sigma") or a.edit in EDITS and given("steps", "t_mid"):
+        raise BadInput("--ts gives all levels, to --edit as well; leave out --steps, --t-mid and --sigma beside it")
 
 
 def levels(a, t_max, t_min):
@@ -75,12 +84,13 @@ def levels(a, t_max, t_min):
     return ts
 
 
-def images_of(a, args, config, size, channels):
+def images_of(a, args, size, channels):
     """The images to edit or to compare with, uint8 [N, C, H, W], and their labels [N] or None. Raises BadInput."""
     if a.images:
         return edit.read_images(a.images, size, channels)
     data = load(args.dataset, args.data_dir, args.size)
-    if data.sha256 != config["about"]["data_sha256"]:
+    path = Path(a.run)
+    if data.sha256 != config_of(path if path.is_dir() else path.parent)["about"]["data_sha256"]:
         raise BadInput(f"{data.name} no longer holds the images of this run; put them back, or see --data-dir")
     if a.edit:
         return data.images, data.labels
@@ -90,9 +100,10 @@ def images_of(a, args, config, size, channels):
 
 def labels_of(a, classes, own):
     """The labels to repeat: --classes, or the images' `own`, or all; None if the run has none. Raises BadInput."""
-    refuse([(a.classes and not classes, "--classes: this run was not trained with --cond"),
-            (classes and a.images and own is None and not a.classes,
-             f"--images {a.images} has no labels, which this run needs; give --classes")])
+    if a.classes and not classes:
+        raise BadInput("--classes: this run was not trained with --cond")
+    if classes and a.images and own is None and not a.classes:
+        raise BadInput(f"--images {a.images} has no labels, which this run needs; give --classes")
     if not classes:
         return None
     labels = torch.tensor(a.classes or range(classes)) if a.classes or own is None else own
@@ -101,43 +112,50 @@ def labels_of(a, classes, own):
     return labels
 
 
-def run_of(a):
-    """The method's module, its arguments and config.json, for the run that is named. Raises BadInput."""
-    path = Path(a.run)
+def load_run(path, device="cpu"):
+    """A run folder, or a checkpoint in one -> (method, args, net): the module of its script, its flags as an instance
+    of method.Args, and its averaged network, so that method.sample(net, noise, y, args) draws images. BadInput."""
+    path = Path(path)
     config = config_of(path if path.is_dir() else path.parent)
     method = importlib.import_module(config["about"]["script"])
-    args = method.Args(**{k: v for k, v in config.items() if k in method.Args.__dataclass_fields__})
-    args.steps, args.data_dir = a.steps or args.steps, a.data_dir or args.data_dir
+    return method, method.Args(**known(method.Args, config)), teacher.load(path, device)
+
+
+def settle(a, method, args):
+    """The run's flags with --steps, --t-mid and --data-dir of the command line in their place. Raises BadInput."""
     own, K = a.ts or a.find_ts or a.edit, getattr(args, "boundaries", 1)
-    refuse([
-        (a.t_mid is not None and not (hasattr(args, "t_mid") and 0 < a.t_mid < getattr(args, "t_max", math.pi / 2)),
-         "--t-mid must lie between 0 and the run's --t-max; diffusion models have none"),
-        (own and method is teacher, "--ts, --find-ts and --edit are for consistency models; this is a diffusion model"),
-        (K > 1 and (own or a.t_mid or args.steps != K), f"this run jumps from edge to edge of its {K} segments; "
-         "leave out --ts, --find-ts, --edit, --t-mid and --steps")])
-    if a.t_mid:
-        args.t_mid = a.t_mid
-    return method, args, config
+    args = replace(args, steps=a.steps or args.steps, data_dir=a.data_dir or args.data_dir)
+    if a.t_mid is not None and not hasattr(args, "t_mid"):
+        raise BadInput("--t-mid is for consistency models; this is a diffusion model, which has none")
+    if own and method is teacher:
+        raise BadInput("--ts, --find-ts and --edit are for consistency models; this is a diffusion model")
+    if K > 1 and (own or a.t_mid or args.steps != K):
+        raise BadInput(f"this run jumps from edge to edge of its {K} segments; leave out --ts, --find-ts, --edit, "
+                       "--t-mid and --steps")
+    if a.t_mid is not None:
+        args = replace(args, t_mid=a.t_mid)
+    check_bounds(args)
+    return args
 
 
 def main(argv=None):
     """Draw or edit images and write them; return uint8 [N,C,H,W] and labels [N] or None; or the level of --find-ts."""
     a = flags(argv)
-    method, args, config = run_of(a)
     out = Path(a.out or "grid.png")
     if out.suffix not in (".png", ".npz") and out.exists():
         raise BadInput(f"--out {out} exists already; name a new folder, a .png or a .npz")
     device = device_of(a.device)
-    net = teacher.load(a.run, device)
+    method, args, net = load_run(a.run, device)
+    args = settle(a, method, args)
     size, channels, classes = (net.model.kwargs[k] for k in ("size", "channels", "classes"))
     t_max = args.t_max if hasattr(args, "t_max") else args.sigma_max
     ts, mask = levels(a, t_max, net.t_min), edit.mask_of(a.mask, size).to(device)
     patch = max(2, size // 32) if a.patch is None else a.patch
-    refuse([(patch < 2 or a.edit == "superres" and size % patch,
-             f"--patch must be at least 2 and divide the {size} pixels of a side"),
-            (a.edit == "colorize" and channels == 1,
-             "--edit colorize: the images of this run are grey; take another run")])
-    real, own = images_of(a, args, config, size, channels) if a.edit in EDITS or a.find_ts else (None, None)
+    if patch < 2 or a.edit == "superres" and size % patch:
+        raise BadInput(f"--patch must be at least 2 and divide the {size} pixels of a side")
+    if a.edit == "colorize" and channels == 1:
+        raise BadInput("--edit colorize: the images of this run are grey; take another run")
+    real, own = images_of(a, args, size, channels) if a.edit in EDITS or a.find_ts else (None, None)
     labels = labels_of(a, classes, own)
 
     n = a.n or (64 if real is None else 16 if a.edit else FD_IMAGES)
@@ -146,13 +164,20 @@ def main(argv=None):
     if labels is not None:                                        # interpolate: one for each row
         labels = labels[torch.arange(n) // (cols if a.edit == "interpolate" else 1) % len(labels)]
     k = len(ts) if ts else 1 if method is teacher else args.steps  # the diffusion sampler draws noise once
-    noise = lambda i, k: noise_of(i, k, (channels, size, size), device, a.seed)
-    sample = lambda z, y: quantise(edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args))
+
+    def noise(i, k):
+        return noise_of(i, k, (channels, size, size), device, a.seed)
+
+    def sample(z, y):
+        return quantise(edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args))
 
     def draw(make):
         """make(ids, labels) of all images, --batch at a time."""
         batches = tqdm(torch.arange(n).split(a.batch), disable=n <= a.batch or a.find_ts)
         return torch.cat([make(i, None if labels is None else labels[i].to(device)).cpu() for i in batches])
+
+    def plain(i, y):
+        return sample(noise(i, k), y)
 
     def edited(i, y):
         z = noise(i, k)
@@ -165,16 +190,17 @@ def main(argv=None):
         return sample(z, y)
 
     if a.find_ts:
-        name, score = "FD (pixels)", lambda images: fd_pixels(real, images)
-        if a.fid:
-            data = load(args.dataset, args.data_dir, args.size, device)
-            name, score = f"FID ({fid.MODE})", lambda images: fid.fid(data, images, args.data_dir)
+        data = load(args.dataset, args.data_dir, args.size, device) if a.fid else None
+
+        def score(images):
+            return fid.fid(data, images, args.data_dir) if a.fid else fd_pixels(real, images)
+        name = f"FID ({fid.MODE})" if a.fid else "FD (pixels)"
         return find(name, score, a.run, net, t_max, draw, noise)
     if a.edit in EDITS:
         seen, images = draw(edited).unbind(1)
         sheet = torch.cat([real[:n], seen, images])
     else:
-        images = sheet = draw(between if a.edit else lambda i, y: sample(noise(i, k), y))
+        images = sheet = draw(between if a.edit else plain)
     write(images, labels, out, sheet, cols)
     steps = len(ts) if ts else args.steps
     print(f"{n} images in {steps} step{'s' * (steps > 1)}: {out}")

@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def few_real_images(monkeypatch):
     """Figures of runs in the tests come from 64 images: they are about the machinery, not about quality."""
-    from common import run
-    monkeypatch.setattr(run, "FD_IMAGES", 64)
+    from common import evaluate
+    monkeypatch.setattr(evaluate, "FD_IMAGES", 64)
 
 
 class Net(torch.nn.Module):
@@ -53,7 +53,7 @@ class Net(torch.nn.Module):
 def train(tmp_path):
     """Run a script's main() in this process, as `train("ect", "--iters", "6")`; return (metrics, run folder)."""
     def go(script, *flags, tiny=TINY):
-        from common.run import parse
+        from common.flags import parse
         m = importlib.import_module(script)
         start = ["--teacher", "train", "--teacher-iters", "2"] if script in DISTIL else ["--teacher", "none"]
         extra = start if script in METHODS and "--teacher" not in flags and "--resume" not in flags else []

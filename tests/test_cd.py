@@ -1,4 +1,5 @@
 """CD's flags, teacher, distances, segments and sampler; its solver and what it converges to are in test_exact.py."""
+import dataclasses
 import json
 import sys
 import types
@@ -11,13 +12,13 @@ from test_ct import T_MIN, unet
 import cd
 from common import sample, teacher
 from common.assets import perceptual
-from common.run import BadInput, parse
+from common.flags import BadInput, parse
 
 
 def settled(**flags):
     args = cd.Args(**flags)
-    cd.settle(args)
-    return args
+    cd.check(args)
+    return dataclasses.replace(args, **cd.segments(args))
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_the_number_of_levels_fits_the_segments(K, N, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--N 18 --boundaries 4", "--N 18"), ("--N 1", "--N 1"), ("--N -3", "--N -3"), ("--boundaries 0", "--boundaries"),
+    ("--N 18 --boundaries 4", "--N 18"), ("--N 1", "--N 1"), ("--N -3", "--N"), ("--boundaries 0", "--boundaries"),
     ("--guidance 2", "--cond"), ("--guidance -1", "--guidance"), ("--guidance nan --cond", "--guidance"),
     ("--teacher none", "--teacher none"), ("--mu 1", "--mu"), ("--mu -0.5", "--mu"), ("--distance lpips", "pip install lpips"),
     ("--solver rk4", "--solver"), ("--t-mid 0.002", "--t-mid")])

@@ -17,7 +17,7 @@ from PIL import Image
 
 from common import assets
 from common.data import Data, load
-from common.run import BadInput
+from common.flags import BadInput
 
 
 def counted(n, size=2):

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common import dit, teacher
 from common.dit import DiT
 from common.precond import EDM
-from common.run import config_of
+from common.flags import config_of
 from common.unet import UNet
 
 TINY = dict(size=8, channels=3, ch=128, blocks=2, classes=10)             # two heads

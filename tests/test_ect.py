@@ -244,12 +244,12 @@ def test_sampler_state_is_float64_and_images_depend_on_their_own_noise():
 
 
 # ---- copying -------------------------------------------------------------------------------------
-def test_sections_2_to_4_run_in_a_bare_namespace():
+def test_sections_1_to_3_run_in_a_bare_namespace():
     """The copy-paste promise: with torch and math alone, a toy network and a SimpleNamespace."""
     from conftest import ROOT
     text = (ROOT / "ect.py").read_text()
     names = dict(torch=torch, math=math)
-    exec(text[text.index("# ==== 2."):text.index("# ==== 5.")], names)
+    exec(text[text.index("# ==== 1."):text.index("# ==== 4.")], names)
     args = SimpleNamespace(q=2.0, double=10, k=8.0, b=1.0, c=0.0, P_mean=-1.1, P_std=2.0, t_mid=0.8, t_max=80.0)
     w = torch.tensor(0.5, requires_grad=True)
     net = lambda x, t, y: w * x / (1 + t)

@@ -12,10 +12,12 @@ from PIL import Image
 from test_sample import close, draw, refused                      # noqa: F401 (fixtures)
 
 import ect
-from common import edit, fid, sample
+from common import edit, fid, sample, teacher
 from common.data import load
 from common.fid import fd_pixels
-from common.precond import EDM, TrigFlow, backbone
+from common.flags import config_of
+from common.networks import backbone
+from common.precond import EDM, TrigFlow
 from common.unet import UNet
 
 W = [.2989, .5870, .1140]
@@ -438,10 +440,10 @@ def test_runs_that_cannot_be_edited_are_refused(grey, colour, refused, tmp_path,
     np.savez(tmp_path / "b.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.array([0, 3]))
     assert "--classes" in refused(colour, "--edit", "stroke", "--images", tmp_path / "a.npz")
     assert "0 .. 2" in refused(colour, "--edit", "stroke", "--images", tmp_path / "b.npz")
-    config = (grey / "config.json").read_text()
-    monkeypatch.setattr(sample, "config_of", lambda _: json.loads(config) | dict(about=dict(
+    config = config_of(grey)
+    monkeypatch.setattr(sample, "config_of", lambda _: config | dict(about=dict(
         script="ect", data_sha256="other")))
     assert "--data-dir" in refused(grey, "--find-ts") and "--data-dir" in refused(grey, "--edit", "stroke")
-    monkeypatch.setattr(sample, "config_of", lambda _: dict(about=dict(script="common.teacher")))
+    monkeypatch.setattr(sample, "load_run", lambda *_: (teacher, teacher.Args(), None))
     for argv in (["--ts", "1"], ["--find-ts"], ["--edit", "denoise"]):
         assert "diffusion" in refused(grey, *argv)

@@ -12,7 +12,7 @@ from PIL import Image
 from common import assets, fid
 from common.data import Data, load
 from common.fid import fd_pixels, features, frechet, moments as feature_moments, quantise, reference, resize
-from common.run import BadInput
+from common.flags import BadInput
 
 
 def moments(seed, d=12, rank=None):

@@ -4,7 +4,7 @@ import torch
 from conftest import weights
 
 import ect
-from common import run as run_module
+from common import evaluate
 from common.precond import EDM
 from common.unet import UNet
 
@@ -27,7 +27,7 @@ def noisy_net(device="cpu", dtype=torch.float32):
 @pytest.mark.slow
 def test_digits_become_digits(train, monkeypatch):
     """A fifth of the default training already beats these bounds by far; noise has an FD above 20."""
-    monkeypatch.setattr(run_module, "FD_IMAGES", 1797)
+    monkeypatch.setattr(evaluate, "FD_IMAGES", 1797)
     metrics, _ = train("ect", "--teacher", "train", "--teacher-iters", "400", "--iters", "200", "--save-every", "200",
                        tiny=["--device", "cpu", "--log-every", "100"])
     assert metrics["fd_pixels_teacher"] < 1.0 and metrics["fd_pixels_2step"] < 3.0
@@ -37,7 +37,7 @@ def test_digits_become_digits(train, monkeypatch):
 @pytest.mark.slow
 def test_digits_become_digits_by_the_derivative(train, monkeypatch):
     """The same for sCM, distilling a short TrigFlow teacher."""
-    monkeypatch.setattr(run_module, "FD_IMAGES", 1797)
+    monkeypatch.setattr(evaluate, "FD_IMAGES", 1797)
     metrics, _ = train("scm", "--teacher", "train", "--teacher-iters", "400", "--mode", "scd", "--lr", "5e-4", "--H", "50",
                        "--iters", "120", "--save-every", "120", tiny=["--device", "cpu", "--log-every", "40"])
     assert metrics["fd_pixels_teacher"] < 1.0 and metrics["fd_pixels_2step"] < 1.5

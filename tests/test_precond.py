@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from common import teacher
-from common.precond import EDM, TrigFlow, build, rf_from_trig, trig, trig_from_rf
+from common.networks import build
+from common.precond import EDM, TrigFlow, rf_from_trig, trig, trig_from_rf
 from common.unet import UNet
 
 LEVELS = torch.tensor([0.003, 0.1, 0.821, 3, 80], dtype=torch.float64).view(-1, 1, 1, 1)

@@ -19,12 +19,13 @@ from conftest import ROOT, TINY, Net, equal, lines, weights
 import ect
 import rcm
 import scm
-from common import fid
-from common import run as runs
+from common import evaluate, fid, folder
 from common import teacher as teachers
 from common.data import load
-from common.precond import EDM, TrigFlow, backbone
-from common.run import Run, parse
+from common.flags import parse
+from common.networks import backbone
+from common.precond import EDM, TrigFlow
+from common.run import Run
 
 
 def flags(out, *argv):
@@ -54,7 +55,7 @@ def work(out):
     opt = torch.optim.SGD(net.parameters(), lr=0.1)
     run.start(dict(net=net, opt=opt), data)
     saw["batches"] = [run.batch(data, 5, part) for part in range(2)]
-    saw["images"] = run.generate(data, 7, 2, blend)
+    saw["images"] = evaluate.generate(run, data, 7, 2, blend)
     fid.inception = lambda data_dir, device: Net()
     saw["fid"] = fid.fid(few(data), data.images[:301:3], out / "data")
 
@@ -97,12 +98,12 @@ def derivative(data, out, *argv):
     loss.backward()
     run.count(stats)
     run.sync(torch.optim.SGD(net.parameters(), lr=0.1), it)
-    return loss.detach(), stats["tangent"].detach(), {k: runs.full(p.grad).clone() for k, p in net.named_parameters()}
+    return loss.detach(), stats["tangent"].detach(), {k: folder.full(p.grad).clone() for k, p in net.named_parameters()}
 
 
 def turns(data, out, kind, *argv):
     """A run of two networks that learn in turns, with rollouts of one to three calls."""
-    args = parse(rcm.Args, rcm.PRESETS, [*TINY, "--teacher", str(out / "trig.pt"), "--H", "1", "--F", "2", "--N-max", "3",
+    args = parse(rcm.Args, rcm.PRESETS, [*TINY, "--teacher", str(out / "trig.pt"), "--H", "1", "--student-every", "2", "--N-max", "3",
                                          "--lr", "1e-3", "--iters", "5", "--out", str(out / f"turns-{kind}"), *argv])
     torch.manual_seed(0)
     net = TrigFlow(backbone(args, data), args.sd)
@@ -138,7 +139,7 @@ def train(out, *argv, at={}):
         return seen["ok"][-1]
 
     def save(self, it, state):
-        seen["net"] = {k: v.clone() for k, v in runs.full(state["net"].state_dict()).items()}
+        seen["net"] = {k: v.clone() for k, v in folder.full(state["net"].state_dict()).items()}
         real_save(self, it, state)
 
     ect.loss_fn, Run.sync, Run.save = loss_fn, sync, save
@@ -172,7 +173,7 @@ def half(out):
 
 
 if __name__ == "__main__":
-    rank, runs.FD_IMAGES = int(os.environ["RANK"]), 64
+    rank, evaluate.FD_IMAGES = int(os.environ["RANK"]), 64
     faulthandler.dump_traceback_later(120, exit=True)                     # ranks that wait for each other
     work(Path(sys.argv[1]))
     sys.exit()
@@ -223,7 +224,7 @@ def test_generated_images_do_not_depend_on_the_ranks(both, tmp_path):
     """Images in another order, with another's label, or twice where the ranks do not divide their number."""
     alone = Run(flags(tmp_path, "--cond"), ect.__file__)
     for n, k in ((7, 2), (3, 2)):
-        images = alone.generate(load("digits"), n, k, blend)
+        images = evaluate.generate(alone, load("digits"), n, k, blend)
         assert all(torch.equal(images, saw["images"][:n]) for saw in both)
     assert len(both[0]["images"]) == 7 and len({tuple(i.flatten().tolist()) for i in images}) == 3
 

@@ -36,10 +36,16 @@ class Draws:
         self.N, self.eps = N, normal(N + 2, B, 2, 1, 1, seed=1)
         self.t_G = torch.tensor([0.05, 0.4, 0.9, 1.3, 1.5], dtype=torch.float64).view(-1, 1, 1, 1)
         self.t_D = (0.1 + 1.4 * torch.rand(N, B, 1, 1, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
-        self.calls = []
+        self.calls, self.drawn = [], 0
         monkeypatch.setattr(rcm, "rounds", lambda it, args: N)
         monkeypatch.setattr(rcm, "times", self.times)
-        monkeypatch.setattr(torch, "randn_like", lambda x: self.eps[:len(x)].to(x.dtype))
+        monkeypatch.setattr(torch, "randn_like", self.randn_like)
+
+    def randn_like(self, x):
+        """The next slice of eps, or as many as x [N,B,C,H,W] has."""
+        n = len(x) if x.dim() == 5 else 1
+        out, self.drawn = self.eps[self.drawn:][:n].to(x.dtype), self.drawn + n
+        return out if x.dim() == 5 else out[0]
 
     def times(self, x0, mean, std, args):
         self.calls.append((mean, std))
@@ -146,7 +152,7 @@ def test_tangent_warm_up(it, r, monkeypatch):
     d, dd = oracle_scm(Unit(net), Unit(teacher), x0 / SD, draws.eps[0], draws.t_G, None, r)
     x_t = torch.cos(draws.t_G) * x0 + SD * torch.sin(draws.t_G) * draws.eps[0]
     want = torch.autograd.grad((3 * dd * net.F(x_t, draws.t_G)).sum() / B, list(net.seq.parameters()))
-    assert torch.allclose(stats["loss"], 3 * d, rtol=1e-8) and stats["r"] == pytest.approx(r)
+    assert torch.allclose(stats["loss"], 3 * d, rtol=1e-8) and stats["ramp"] == pytest.approx(r)
     assert all(torch.allclose(g, w, rtol=1e-7, atol=1e-8) for g, w in zip(grads, want))
 
 
@@ -234,12 +240,12 @@ def test_the_number_of_rollout_steps_is_uniform_and_follows_the_step():
 @pytest.mark.parametrize("H, F", [(0, 5), (7, 5), (3, 2), (10, 10)])
 def test_whose_step_it_is(H, F):
     """All of the first H, then the first of each F; counted, not computed."""
-    args, made = rcm.Args(H=H, F=F), 0
+    args, made = rcm.Args(H=H, student_every=F), 0
     for it in range(60):
         mine = it in range(H) or it in range(H, 60, F)
         assert rcm.is_students(it, args) == mine and rcm.updates(it, args) == made
-        assert rcm.is_students(it, rcm.Args(H=H, F=F, lambda_dmd=0.0))
-        assert rcm.updates(it, rcm.Args(H=H, F=F, lambda_dmd=0.0)) == it
+        assert rcm.is_students(it, rcm.Args(H=H, student_every=F, lambda_dmd=0.0))
+        assert rcm.updates(it, rcm.Args(H=H, student_every=F, lambda_dmd=0.0)) == it
         made += mine
 
 
@@ -247,7 +253,7 @@ def test_whose_step_it_is(H, F):
 def test_the_average_is_as_wide_as_asked(sigma_rel):
     """The weights that it gives to the networks of the past have the standard deviation sigma_rel, in units of the updates
     made; steps of fake do not count."""
-    args, n = rcm.Args(sigma_rel=sigma_rel, H=100, F=5), 3000
+    args, n = rcm.Args(sigma_rel=sigma_rel, H=100, student_every=5), 3000
     w, its = torch.zeros(0, dtype=torch.float64), 100 + 5 * (n - 100)
     for it in range(its):
         decay = rcm.average(it, args)
@@ -263,9 +269,19 @@ def test_the_average_is_as_wide_as_asked(sigma_rel):
     assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(sigma_rel**2, rel=1e-4)
 
 
+def test_the_exponent_of_the_average():
+    """The worked values of EDM2, and what the exponent means: weights k^g have the spread that was asked for."""
+    assert rcm.power(0.05) == pytest.approx(16.97, abs=0.01) and rcm.power(0.1) == pytest.approx(6.94, abs=0.01)
+    k = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    for width in (0.03, 0.05, 0.15):
+        w = k ** rcm.power(width)
+        mean = (w * k).sum() / w.sum()
+        assert float(((w * (k - mean) ** 2).sum() / w.sum()).sqrt()) == pytest.approx(width, rel=1e-3)
+
+
 def test_a_constant_decay_can_be_had():
     """--sigma-rel 0: --ema, with the ramp of the other files, over updates of the student."""
-    args = rcm.Args(sigma_rel=0.0, ema=0.9, H=0, F=5)
+    args = rcm.Args(sigma_rel=0.0, ema=0.9, H=0, student_every=5)
     assert [rcm.average(it, args) for it in (0, 1, 5, 1000)] == [0.1, 1.0, 2 / 11, 0.9]
 
 
@@ -355,12 +371,12 @@ def test_sampling_times_and_range():
     assert torch.equal(whole[1:2], rcm.sample(Exact(), 3 * noise[:, 1:2], None, args))
 
 
-def test_sections_2_to_4_run_in_a_bare_namespace():
+def test_sections_1_to_3_run_in_a_bare_namespace():
     """The copy-paste promise: with torch, math and jvp alone, toy networks and a SimpleNamespace."""
     text = (ROOT / "rcm.py").read_text()
     names = dict(torch=torch, math=math, jvp=jvp)
-    exec(text[text.index("# ==== 2."):text.index("# ==== 5.")], names)
-    args = SimpleNamespace(jvp="exact", c=0.1, H=0, F=5, N_max=3, loss_scale=100.0, lambda_dmd=1.0, rollout="random",
+    exec(text[text.index("# ==== 1."):text.index("# ==== 4.")], names)
+    args = SimpleNamespace(jvp="exact", c=0.1, H=0, student_every=5, N_max=3, loss_scale=100.0, lambda_dmd=1.0, rollout="random",
                            guidance=0.0, P_mean=-1.0, P_std=1.4, D_mean=0.0, D_std=1.6, t_mid=1.1, sigma_max=80.0, sd=0.5,
                            sigma_rel=0.05)
     w = torch.tensor(0.5, requires_grad=True)
@@ -400,7 +416,7 @@ def quick(train, edm, monkeypatch):  # noqa: F811
 
 def test_two_networks_take_turns(quick):
     """A step changes the network whose turn it is, its optimiser, and with the student's the average; nothing else."""
-    _, run = quick("--H", "1", "--F", "3", "--iters", "5", "--save-every", "1", "--keep", "--lr", "1e-3")
+    _, run = quick("--H", "1", "--student-every", "3", "--iters", "5", "--save-every", "1", "--keep", "--lr", "1e-3")
     saved = [ckpt(run, f"ckpt-{it:07d}.pt") for it in range(1, 6)]
     for it, (a, b) in enumerate(zip(saved, saved[1:]), 1):
         mine = it in (1, 4)
@@ -414,7 +430,7 @@ def test_two_networks_take_turns(quick):
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 def test_resume_is_exact_at_any_turn(stop, quick, tmp_path):
     """Two networks, two optimisers, the average: all are kept, whichever has the next step."""
-    _, whole = quick("--H", "2", "--F", "2", "--iters", "6", "--save-every", "1", "--keep", "--dropout", "0.2", "--lr", "1e-3")
+    _, whole = quick("--H", "2", "--student-every", "2", "--iters", "6", "--save-every", "1", "--keep", "--dropout", "0.2", "--lr", "1e-3")
     cut = back_to(whole, stop, tmp_path / "cut")
     quick("--resume", str(cut))
     assert same(ckpt(whole), ckpt(cut))
@@ -427,13 +443,13 @@ def test_dropout_is_the_students_alone(quick, monkeypatch):
         seen.append((net.training, fake.training, teacher.training)) or loss_fn(net, fake, teacher, *a)))
     monkeypatch.setattr(rcm, "fake_loss_fn", lambda net, fake, *a: (
         seen.append((net.training, fake.training, False)) or fake_loss_fn(net, fake, *a)))
-    quick("--dropout", "0.5", "--F", "2", "--iters", "2")
+    quick("--dropout", "0.5", "--student-every", "2", "--iters", "2")
     assert seen == [(True, False, False)] * 2
 
 
 def test_optimisers(quick):
     """AdamW without momentum, fake at its share of the learning rate, warm-up, and no clipping anywhere."""
-    _, run = quick("--H", "1", "--F", "2", "--iters", "4", "--lr", "1e-3", "--fake-lr", "0.5", "--warmup", "2", "--log-every", "1",
+    _, run = quick("--H", "1", "--student-every", "2", "--iters", "4", "--lr", "1e-3", "--fake-lr", "0.5", "--warmup", "2", "--log-every", "1",
                    "--save-every", "4")
     assert [r["lr"] for r in lines(run / "log.jsonl")] == pytest.approx([5e-4, 1e-3, 5e-4, 1e-3])
     saved = ckpt(run)
@@ -447,7 +463,7 @@ def test_optimisers(quick):
 def test_a_student_of_an_edm_model_and_of_guidance(quick, edm, tmp_path):  # noqa: F811
     """The other flow, with its embedding of ln(sigma); classes, guided; then sampled by the product."""
     path = edm(EDM, classes=10)
-    _, run = quick("--teacher", path, "--cond", "--guidance", "1", "--iters", "6", "--H", "1", "--F", "2", "--N-max", "2")
+    _, run = quick("--teacher", path, "--cond", "--guidance", "1", "--iters", "6", "--H", "1", "--student-every", "2", "--N-max", "2")
     net = teachers.load(run)
     assert net.raw == "edm" and all(r["loss"] == r["loss"] for r in lines(run / "log.jsonl"))
     assert not equal(weights(run), torch.load(path)["ema"])
@@ -457,13 +473,13 @@ def test_a_student_of_an_edm_model_and_of_guidance(quick, edm, tmp_path):  # noq
 
 def test_the_log_names_what_was_measured(quick):
     """|g|, r, |q|^2 of the student's steps and the loss of fake's."""
-    _, run = quick("--H", "1", "--F", "2", "--iters", "4", "--log-every", "4")
-    assert lines(run / "log.jsonl")[-1].keys() >= {"tangent", "r", "dmd", "fake"}
+    _, run = quick("--H", "1", "--student-every", "2", "--iters", "4", "--log-every", "4")
+    assert lines(run / "log.jsonl")[-1].keys() >= {"tangent", "ramp", "dmd", "fake"}
 
 
 @pytest.mark.parametrize("flags, words", [
     ("--loss-scale 0 --H 5", "--H 0"), ("--loss-scale 0 --H 0 --lambda-dmd 0", "--lambda-dmd"), ("--guidance 2", "--cond"),
-    ("--teacher none", "nothing to distil"), ("--F 1", "--F"), ("--N-max 0", "--N-max"), ("--lambda-dmd -1", "--lambda-dmd"),
+    ("--teacher none", "nothing to distil"), ("--student-every 1", "--student-every"), ("--N-max 0", "--N-max"), ("--lambda-dmd -1", "--lambda-dmd"),
     ("--loss-scale nan", "--loss-scale"), ("--sigma-rel 0.3", "--sigma-rel"), ("--rollout half", "invalid choice"),
     ("--compile --dropout 0.1", "--dropout 0")])
 def test_a_mistake_is_one_line(flags, words, train, edm, capsys, tmp_path):  # noqa: F811

@@ -1,21 +1,10 @@
 """The README against the files it speaks of."""
-import ast
 import re
 import shlex
 
-import pytest
 from conftest import METHODS, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-words = lambda text: " ".join(text.split())
-
-
-@pytest.mark.parametrize("file", [f"{m}.py" for m in METHODS] + ["common/teacher.py"])
-def test_deviations_are_those_of_the_docstring(file):
-    """A deviation added to a file and forgotten here, or the reverse."""
-    doc = ast.get_docstring(ast.parse((ROOT / file).read_text()))
-    text = re.search(r"Deviations from the paper:?\n?(.*?)(?:\n\n|$)", doc, re.S)[1]
-    assert words(text) in words(README.replace("\n- ", "\n").replace("`", ""))
 
 
 def test_line_counts_in_the_table():
@@ -33,7 +22,7 @@ def test_commands_parse():
     import importlib
 
     from common import sample
-    from common.run import parse
+    from common.flags import parse
     seen = 0
     for line in re.findall(r"^    ((?:python|torchrun) .*)$", README, re.M) + re.findall(r"`(python .*?)`", README):
         argv = shlex.split(line, comments=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, equal
 
-from common import teacher
+from common import released, teacher
 from common.precond import EDM
 from common.unet import UNet
 
@@ -185,7 +185,7 @@ def test_an_unknown_global_is_refused_by_name(write, tmp_path, monkeypatch, caps
 def test_getattr_in_a_file_reaches_nothing():
     """ECT's files ask for it; the real one leads from any allowed function to its __globals__."""
     data = pickle.dumps(Evil(getattr, "text", "upper"))
-    assert isinstance(teacher.Unpickler(io.BytesIO(data)).load(), teacher.Inert)
+    assert isinstance(released.Unpickler(io.BytesIO(data)).load(), released.Inert)
 
 
 def test_code_nested_in_a_tensor_is_refused(write, tmp_path, capsys):
@@ -224,16 +224,16 @@ def test_a_truncated_file_is_refused(write, refused):
 def test_a_truncated_storage_is_refused():
     """At every length, so also at the ends of the five pickles inside; and with a byte too many."""
     data = stream([1.0, 2.0])
-    assert torch.equal(teacher.storage(bytearray(data)), torch.tensor([1.0, 2.0]))
+    assert torch.equal(released.storage(bytearray(data)), torch.tensor([1.0, 2.0]))
     for n in [*range(len(data)), len(data) + 1]:
         with pytest.raises(Exception):
-            teacher.storage(bytearray((data + b"0")[:n]))
+            released.storage(bytearray((data + b"0")[:n]))
 
 
 def test_ctrl_c_is_no_damage(write, monkeypatch):
     def press(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(teacher.Unpickler, "find_class", press)
+    monkeypatch.setattr(released.Unpickler, "find_class", press)
     with pytest.raises(KeyboardInterrupt):
         teacher.load(write(network(blocks=1)))
 

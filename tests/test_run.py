@@ -23,8 +23,13 @@ from PIL import Image
 import ect
 from common import teacher as teachers
 from common.data import load
-from common.precond import EDM, backbone
-from common.run import Run, load_checkpoint, noise_of, parse, picture
+from common.networks import backbone
+from common.precond import EDM
+from common.evaluate import picture
+from common.fid import noise_of
+from common.flags import parse
+from common.folder import load as load_checkpoint
+from common.run import Run
 
 each_script = pytest.mark.parametrize("script", METHODS + ["common.teacher"])
 
@@ -149,7 +154,82 @@ def test_help_prints_the_algorithm_and_every_flag_with_its_comment(script, capsy
     source = (ROOT / f"{script.replace('.', '/')}.py").read_text()
     for f in dataclasses.fields(module.Args):
         note = re.search(rf"^    {f.name}: .+?  # (.+)$", source, re.M)[1]
-        assert f"--{f.name.replace('_', '-')}" in out and f"{note} [{f.default}]" in out, f.name
+        assert f"  --{f.name.replace('_', '-')}" in out and f"{note} [" in out, f.name
+        assert "_" not in f.name or f"--{f.name}" not in out, "listed in both spellings"
+
+
+def test_help_shows_what_this_command_would_use_beside_the_paper(capsys, monkeypatch):
+    """The paper's values alone, where a preset, a data set or a flag gives others; a preset or an example left out."""
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def shows(*argv):
+        with pytest.raises(SystemExit):
+            flags(*argv, "-h")
+        return capsys.readouterr().out
+    out = shows()
+    assert "(> 0) [0.0005; paper 0.0001]" in out and "sigma_data (> 0) [0.75; paper 0.5]" in out
+    out = shows("--dataset", "cifar10", "--preset", "paper", "--lr", "0.3")
+    assert "(> 0) [0.3; paper 0.0001]" in out and "sigma_data (> 0) [0.5]" in out
+    heads = ["the run (the same in every file):", "the network (the same in every file):", "the method (defaults: "]
+    assert all(out.count(f"\n{head}") == 1 for head in heads) and out.index(heads[0]) < out.index(heads[2])
+    assert "python ect.py --dataset cifar10 --steps 2\n" in out
+    assert all(f"\n  {name:8}{ect.PRESETS[name]['cost']}" in out for name in ("paper", "fast", "small", "digits"))
+    assert out.count("(this command)") == 1
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--bacth", "8"], "did you mean --batch?"), (["--log-evry=3"], "did you mean --log-every?"),
+    (["--mult", "1", "2"], "--mult 1,2,2"), (["--t-mid", "90"], "--t-max = 80"), (["--t-mid", "0"], "above 0"),
+    (["--lr", "0"], "--lr must be above 0"), (["--ema", "1"], "below 1"), (["--mult", "1,0"], "at least 1")])
+def test_a_refusal_says_what_was_meant_and_which_bound_applies(argv, words, refuses, tmp_path):
+    assert words in refuses(*TINY, "--out", tmp_path / "runs", *argv)
+
+
+def test_the_cost_follows_the_flags(capsys):
+    """Two days are announced where 10 steps were asked for."""
+    line = lambda *argv: (flags(*argv), capsys.readouterr().out)[1]
+    cost = ect.PRESETS["digits"]["cost"]
+    assert line() == line("--seed", "3") == line("--iters", "1000") == f"preset digits: {cost}\n"
+    out = line("--iters", "10", "--batch", "8", "--lr", "1")
+    assert cost not in out and "--iters 10 --batch 8;" in out and "--lr" not in out
+
+
+def test_a_notebooks_own_flags_are_not_ours(monkeypatch, capsys):
+    """parse(Args, PRESETS) in a cell sees `-f kernel.json` in sys.argv."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    with pytest.raises(SystemExit):
+        parse(ect.Args, ect.PRESETS)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert parse(ect.Args, ect.PRESETS) == flags()
+
+
+OLD = json.loads((ROOT / "tests/old_configs.json").read_text())          # as written before flags were renamed or moved
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_runs_of_older_commits_can_be_resumed(name, tmp_path):
+    """A flag renamed, removed or of another type: older run folders could not be resumed or sampled."""
+    run = tmp_path / name
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(OLD[name]))
+    module = importlib.import_module(OLD[name]["about"]["script"])
+    args = dataclasses.asdict(flags("--resume", str(run), script=module))
+    renamed = getattr(module.Args, "renamed", {})
+    for k, v in OLD[name].items():
+        if k not in ("about", "resume"):
+            assert args[renamed.get(k, k)] == (tuple(v) if isinstance(v, list) else v), k
+
+
+def test_a_config_of_an_older_script_is_understood(train):
+    """A flag that was renamed since: rcm's F."""
+    import rcm
+    _, run = train("rcm", "--student-every", "3", "--iters", "1")
+    old = config(run)
+    old["F"] = old.pop("student_every")
+    (run / "config.json").write_text(json.dumps(old))
+    assert parse(rcm.Args, rcm.PRESETS, ["--resume", str(run)]).student_every == 3
+    train("rcm", "--resume", str(run), "--iters", "2")
+    assert config(run)["student_every"] == 3 and "F" not in config(run)
 
 
 # ---- bad input: one line on stderr, exit status 2, nothing left behind ---------------------------
@@ -301,8 +381,8 @@ def test_folders_are_numbered_after_the_last(tmp_path):
     for name in "ect-digits-000 ect-digits-007 ect-digits-90-old ect-digits-large-009 x-digits-020".split():
         (tmp_path / name).mkdir()
     run = Run(tiny("--out", str(tmp_path)), ect.__file__)
-    assert Path(run.new_folder("digits")).name == "ect-digits-008"
-    assert Path(run.new_folder("digits-large")).name == "ect-digits-large-010"
+    assert run.new_folder("digits").name == "ect-digits-008"
+    assert run.new_folder("digits-large").name == "ect-digits-large-010"
 
 
 def test_log_holds_the_averages_of_the_interval(train, wrap_loss):
@@ -448,21 +528,55 @@ def test_only_a_teacher_of_the_same_data_and_network_is_found(train, tmp_path):
     _, old = train("common.teacher", "--iters", "1", "--steps", "1")
     _, new = train("common.teacher", "--iters", "1", "--steps", "1")
     data = load("digits")
-    args = lambda *argv: tiny("--out", str(tmp_path / "runs"), *argv)
-    assert teachers.newest(args(), data) == str(new)
+
+    def found(*argv, data=data):
+        args = tiny("--out", str(tmp_path / "runs"), "--teacher-iters", "1", *argv)
+        return teachers.adopt(args, data, Run(args, ect.__file__))
+    assert found() == str(new)
     for argv in ("--ch 32", "--mult 1", "--blocks 2", "--attn 8", "--cond", "--sd 0.5"):
-        assert teachers.newest(args(*argv.split()), data) is None, argv
+        assert found(*argv.split()) is None, argv
     other = load(data_set(tmp_path / "digits.npz"))
-    assert other.name == "digits" and teachers.newest(args(), other) is None, "other images of the same name"
+    assert other.name == "digits" and found(data=other) is None, "other images of the same name"
     (new / "ckpt.pt").unlink()
-    assert teachers.newest(args(), data) == str(old), "a teacher that was stopped before its first save"
+    assert found() == str(old), "a teacher that was stopped before its first save"
+
+
+def test_a_teacher_of_a_trial_is_not_taken_for_the_real_one(train, tmp_path, capsys):
+    """`--teacher-iters 2` to try things out, then the real command: from half a teacher, or with the trial's folder
+    written to again; a longer teacher refused; what was adopted left unsaid."""
+    auto = ("--teacher", "auto", "--iters", "1", "--teacher-iters")
+    _, run = train("ect", *auto, "1")
+    trial = Path(config(run)["teacher"])
+    before = snapshot(trial)
+    capsys.readouterr()
+    _, run = train("ect", *auto, "2")
+    real, out = Path(config(run)["teacher"]), capsys.readouterr().out
+    assert real.name == "teacher-digits-001" and snapshot(trial) == before and ckpt(real)["it"] == 2
+    assert "was finished after 1 steps, fewer than 2; it is not used" in out
+    (figure,) = [r["value"] for r in lines(real / "eval.jsonl")]
+    assert f"teacher: {real}, 2 steps, FD (pixels) {figure:.3f}\n" in out
+    _, run = train("ect", *auto, "1")
+    assert config(run)["teacher"] == str(real), "the newest that has enough"
+
+
+def test_a_typed_batch_reaches_the_teacher(train):
+    """A batch chosen to fit the memory, and a teacher that does not fit; a teacher with another one adopted."""
+    auto = ("--teacher", "auto", "--iters", "1", "--teacher-iters", "1")
+    _, run = train("ect", *auto)
+    assert config(Path(config(run)["teacher"]))["batch"] == 8
+    _, run = train("ect", *auto, "--batch", "4")
+    assert Path(config(run)["teacher"]).name == "teacher-digits-001"
+    assert config(Path(config(run)["teacher"]))["batch"] == 4
+    untyped = [word for word in TINY if word not in ("--batch", "8")]
+    args = flags(*untyped)
+    assert teachers.wish(args, Run(args, ect.__file__)).batch == teachers.PRESETS["digits"]["batch"]
 
 
 def test_an_unfinished_teacher_is_finished_first(train, tmp_path):
     """A student that starts from half a teacher, or a second teacher beside the first."""
     _, whole = train("common.teacher", "--keep", "--steps", "2")
     back_to(whole, 2, tmp_path / "some/teacher-digits-000")
-    train("ect", "--teacher", "auto", "--iters", "1", "--out", str(tmp_path / "some"))
+    train("ect", "--teacher", "auto", "--teacher-iters", "4", "--iters", "1", "--out", str(tmp_path / "some"))
     assert same(ckpt(whole), ckpt(tmp_path / "some/teacher-digits-000"))
     assert {p.name for p in (tmp_path / "some").iterdir()} == {"teacher-digits-000", "ect-digits-000"}
 

@@ -11,7 +11,8 @@ from test_run import config
 import scm
 from common import teacher as teachers
 from common.jvp import jvp
-from common.precond import EDM, TrigFlow, build
+from common.networks import build
+from common.precond import EDM, TrigFlow
 from common.unet import UNet
 
 S = torch.tensor([0.9, 0.2], dtype=torch.float64).view(1, 2, 1, 1)       # spread of the Gaussian data, per channel
@@ -183,7 +184,7 @@ def test_normalisation_weight_and_gradient(norm, D, monkeypatch):
     assert torch.allclose(stats["loss"], w.exp() * d - w) and torch.allclose(loss, stats["loss"].mean())
     assert torch.allclose(spy.p.grad, -2 * (w.exp() / D / len(x)).view(-1, 1, 1, 1) * g, atol=1e-8)
     assert torch.allclose(spy.w.grad, (w.exp() * d - 1) / len(x))
-    assert torch.allclose(stats["tangent"], size.mean(), rtol=1e-6) and stats["r"] == 1
+    assert torch.allclose(stats["tangent"], size.mean(), rtol=1e-6) and stats["ramp"] == 1
     assert torch.allclose(stats["t"], SD * T.tan())       # as a noise level: the bins of the log are in sigma
     assert (d < 1).all()
 
@@ -322,11 +323,11 @@ def test_images_stay_in_range_and_depend_on_their_own_noise():
 
 
 # ---- copying -------------------------------------------------------------------------------------
-def test_sections_2_to_4_run_in_a_bare_namespace():
+def test_sections_1_to_3_run_in_a_bare_namespace():
     """The copy-paste promise: with torch, math and jvp alone, a toy network and a SimpleNamespace."""
     text = (ROOT / "scm.py").read_text()
     names = dict(torch=torch, math=math, jvp=jvp)
-    exec(text[text.index("# ==== 2."):text.index("# ==== 5.")], names)
+    exec(text[text.index("# ==== 1."):text.index("# ==== 4.")], names)
     args = SimpleNamespace(mode="sct", jvp="exact", norm="l2", c=0.1, H=10, P_mean=-1.0, P_std=1.4, t_mid=1.1,
                            sigma_max=80.0, sd=0.5)
     w = torch.tensor(0.5, requires_grad=True)
@@ -413,10 +414,10 @@ def test_teacher_found_must_have_the_flow(tmp_path, train, monkeypatch, capsys):
     _, trig = train("common.teacher", "--iters", "2", "--steps", "1", "--flow", "trig")
     assert build(torch.load(trig / "ckpt.pt")["model"]).raw == "trig"
     for flow, folder in (("edm", edm), ("trig", trig)):
-        _, run = train("scm", "--teacher", "auto", "--flow", flow, "--iters", "1")
+        _, run = train("scm", "--teacher", "auto", "--teacher-iters", "2", "--flow", flow, "--iters", "1")
         assert config(run)["teacher"] == str(folder) and config(run)["flow"] == flow
     (edm / "config.json").write_text((edm / "config.json").read_text().replace('"flow": "edm",', ""))
-    _, run = train("ect", "--teacher", "auto", "--iters", "1")
+    _, run = train("ect", "--teacher", "auto", "--teacher-iters", "2", "--iters", "1")
     assert config(run)["teacher"] == str(edm)
     _, run = train("scm", "--teacher", "train", "--teacher-iters", "1", "--iters", "1", "--mode", "scd")
     assert config(Path(config(run)["teacher"]))["flow"] == "trig"
@@ -444,8 +445,8 @@ def test_a_trigflow_teacher_is_refused_by_a_method_in_edms_variables(train, edm,
 
 def test_the_released_teacher_is_an_edm_model(capsys):
     """fast starts from it; paper wants a TrigFlow teacher, of which none is released: one line says how to get one."""
-    from common.run import parse
-    ask = lambda *flags: teachers.released(parse(scm.Args, scm.PRESETS, ["--dataset", "cifar10", "--preset", *flags]))
+    from common.flags import parse
+    ask = lambda *flags: teachers.released_address(parse(scm.Args, scm.PRESETS, ["--dataset", "cifar10", "--preset", *flags]))
     assert ask("fast") == ask("paper", "--flow", "edm") and ask("fast").endswith("uncond-vp.pkl")
     capsys.readouterr()
     with pytest.raises(SystemExit):
@@ -456,7 +457,7 @@ def test_the_released_teacher_is_an_edm_model(capsys):
 
 def test_the_mode_has_a_preset_of_its_own():
     """sCD: dropout 0, whatever the size of the run; what was typed wins."""
-    from common.run import parse
+    from common.flags import parse
     drop = lambda *flags: parse(scm.Args, scm.PRESETS, ["--dataset", "cifar10", "--preset", "paper", *flags]).dropout
     assert (drop(), drop("--mode", "sct"), drop("--mode", "scd")) == (0.2, 0.2, 0.0)
     assert drop("--mode", "scd", "--dropout", "0.1") == 0.1

@@ -15,7 +15,8 @@ import torch
 from common import sample
 from common.data import load
 from common.fid import fd_pixels
-from common.run import FD_IMAGES, config_of
+from common.evaluate import FD_IMAGES
+from common.flags import config_of
 
 
 def points(images):

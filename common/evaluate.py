@@ -1,0 +1,98 @@
+"""What a network is worth while it trains: grids of its images, and figures in eval.jsonl.
+
+`draw(noise, y)` is the sampler of a method or of the teacher, with the averaged weights: noise [K,b,C,H,W] -> images
+[b,C,H,W] in [-1, 1]. The functions that take a `run` are called by the methods of run.Run with the same names."""
+import math
+import shutil
+import time
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from common import fid, folder
+from common.flags import say
+
+FD_IMAGES = 2048                  # images, real and generated, of fd_pixels; fewer if the data set has fewer
+
+
+def picture(images, cols=0):
+    """uint8 [N, C, H, W] -> one PIL image, `cols` to a row, grey lines between them; copies enlarge small pixels."""
+    n, c, h, w = images.shape
+    cols = min(cols or math.ceil(n**0.5), n)
+    rows, zoom = math.ceil(n / cols), max(1, 32 // h)
+    sheet = torch.full((rows * cols, 3, h + 1, w + 1), 128, dtype=torch.uint8)
+    sheet[:n, :, :h, :w] = images.cpu()
+    sheet = sheet.view(rows, cols, 3, h + 1, w + 1).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)[:-1, :-1]
+    return Image.fromarray(sheet.numpy().repeat(zoom, 0).repeat(zoom, 1))
+
+
+def generate(run, data, n, k, draw):
+    """n images of `draw`, uint8 [n,C,H,W] on the CPU, in k sampling steps; the ranks share the work, all get them."""
+    ids = torch.arange(run.rank, n + -n % run.world, run.world)           # equal shares: sharded calls must pair up
+    out = []
+    for i in tqdm(ids.split(256), "images", leave=False, disable=run.rank > 0, delay=5):
+        y = (i % data.classes).to(run.device) if run.args.cond else None
+        out.append(fid.quantise(draw(fid.noise_of(i, k, data.images.shape[1:], run.device), y)))
+    out = torch.cat(out)
+    if run.world > 1:
+        parts = [torch.empty_like(out) for _ in range(run.world)]
+        dist.all_gather(parts, out)
+        out = torch.stack(parts, 1).flatten(0, 1)                         # image i is of rank i % world
+    return out[:n].cpu()
+
+
+def evaluate(run, it, data, draw, net="ema", steps=None):
+    """Write a grid and measure fd_pixels, and --fid where it is due, with 1 and with --steps sampling steps, or with
+    `steps` alone. The noise is the same in every run and at every step, so that grids can be compared."""
+    a = run.args
+    n, many = min(len(data.images), FD_IMAGES), a.fid if run.fid_due(it) else 0
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    real = data.images[order[:n].to(run.device)]
+    whole = getattr(a, "boundaries", 1) == 1              # else one step jumps to the end of a segment only
+    for k in [steps] if steps else sorted({1, a.steps}) if whole else [a.steps]:
+        began = time.time()
+        fake = generate(run, data, max(n, a.grid, many), 1 if net == "teacher" else k, draw)
+        t_mid = getattr(a, "t_mid", None) if k > 1 and net != "teacher" and whole else None
+
+        def note(metric, value, n, mode):
+            run.append("eval.jsonl", dict(it=it, metric=metric, value=round(value, 4), n=n, net=net, steps=k,
+                                          t_mid=t_mid, mode=mode, seed=0, sec=round(time.time() - began, 2)))
+        if run.rank == 0:
+            name = f"{it:07d}_{'teacher' if net == 'teacher' else f'{k}step'}.png"
+            picture(fake[:a.grid], data.classes if a.cond else 0).save(run.dir / "samples" / name)
+            note("fd_pixels", fid.fd_pixels(real, fake[:n]), n, "8x8")
+        if many:                                          # all ranks take part
+            note("fid", fid.fid(data, fake[:many], a.data_dir), many, fid.MODE)
+
+
+def adopt(run, teacher):
+    """Show the last figures and grid of a teacher's run folder beside this run's own. False if they lack --fid."""
+    last = {s["metric"]: s for s in folder.figures(teacher) if s["net"] == "teacher"}
+    for line in last.values():
+        run.append("eval.jsonl", line | dict(it=0))
+        grid = teacher / "samples" / f"{line['it']:07d}_teacher.png"
+        if run.rank == 0 and grid.exists():
+            shutil.copy(grid, run.dir / "samples" / "0000000_teacher.png")
+    return "fd_pixels" in last and run.args.fid in (0, last.get("fid", {}).get("n"))
+
+
+def table(run, it):
+    """Print the last figures of the teacher, of 1 step and of --steps; return {"fd_pixels_2step": value, ..}."""
+    def column(s):
+        return "teacher" if s["net"] == "teacher" else f"{s['steps']}step"
+    last = {(s["metric"], column(s)): s for s in folder.figures(run.dir) if s["it"] in (0, it)}      # the last one wins
+    columns = dict.fromkeys(["teacher", "1step", f"{run.args.steps}step"])
+    result = {}
+    for metric, title in (("fd_pixels", "FD (pixels)"), ("fid", f"FID ({fid.MODE})")):
+        rows = [last[metric, k] for k in columns if (metric, k) in last]
+        rows = [s for s in rows if s["n"] == rows[-1]["n"]]               # figures of other numbers do not compare
+        if rows:
+            say(f"\n{title} of {rows[0]['n']:,} images, lower is better")
+        for s in rows:
+            label = f"teacher, {s['steps']} Heun step" if s["net"] == "teacher" else f"{s['steps']} step"
+            label += "s" * (s["steps"] > 1) + (f", t_mid {s['t_mid']:g}" if s["t_mid"] else "")
+            say(f"  {label:26}{s['value']:8.3f}")
+            result[f"{metric}_{column(s)}"] = s["value"]
+    return result

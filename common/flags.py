@@ -1,0 +1,238 @@
+"""The ground floor of a training script: flags, presets, one-line errors, and the config.json of a run.
+
+The flags of a script are the fields of its dataclass `Args`, one line a field. The comment at the end of a line is the
+help text; bounds in parentheses at its end, such as (>= 1) or (> t_min, < t_max), are checked before anything runs.
+The table `PRESETS` holds what differs from the defaults for a data set, a budget or a mode. This file imports nothing
+of ours, so that every other file of common/ may use it."""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import operator
+import os
+import re
+import sys
+from pathlib import Path
+from typing import get_args
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
+# What --resume may change: how a run is watched, stored and sampled. All other flags define its result.
+MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips", "fid", "fid_every",
+              "device", "data_dir", "out", "resume"}
+# A preset's cost holds for its own values of these.
+COSTLY = ("iters", "batch", "net", "ch", "mult", "blocks", "attn", "size", "teacher", "teacher_iters", "fid")
+COMPARE = {">=": (operator.ge, "at least"), ">": (operator.gt, "above"), "<=": (operator.le, "at most"),
+           "<": (operator.lt, "below")}
+
+
+class BadInput(SystemExit):
+    """The user's mistake: one line on stderr that says what to do, exit status 2."""
+    def __init__(self, message):
+        super().__init__(2)
+        self.message = message
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {message}", file=sys.stderr)
+
+
+def say(text):
+    """Print a line on stdout, on the first rank only, without breaking a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+
+
+def meant(word, known):
+    """'; did you mean X?' for the member of `known` that is closest to `word`, or nothing."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# ---- from the command line to Args ---------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are BadInput, and which suggests the flag that was meant."""
+    def error(self, message):
+        raise BadInput(f"{message} (-h lists the flags)")
+
+    def parse_args(self, args=None, namespace=None):
+        found, extra = self.parse_known_args(args, namespace)
+        if extra and not extra[0].startswith("-"):
+            self.error(f"{extra[0]!r} belongs to no flag; a list is one word with commas, such as --mult 1,2,2")
+        if extra:
+            name = extra[0].split("=")[0]
+            known = [s for s in self._option_string_actions if s.startswith("--") and "_" not in s]
+            self.error(f"unrecognized argument {extra[0]}{meant(name, known)}")
+        return found
+
+
+def parse(cls, presets, argv=None):
+    """The flags `argv` (default: the command line, in a notebook none) as an instance of the dataclass `cls`.
+
+    An explicit flag wins over the config of a resumed run, this over the preset, this over the default of `cls`.
+    Prints which preset was taken and what it costs. Raises BadInput; -h prints the help and exits."""
+    if argv is None:
+        argv = [] if "ipykernel" in sys.modules else sys.argv[1:]         # a notebook's own flags are not ours
+    given = vars(parser(cls).parse_args(argv))
+    wants_help = given.pop("help", False)
+    if given.get("resume") and not wants_help:
+        return resumed(cls, given)
+    if wants_help:
+        merged, name = merge(cls, presets, given)
+        print(parser(cls, merged, presets, name).format_help(), end="")
+        raise SystemExit(0)
+    return from_presets(cls, presets, given)
+
+
+def from_presets(cls, presets, given, quiet=False):
+    """The flags `given` ({field: value}) as a `cls`, completed by presets; prints which, and its cost. BadInput."""
+    merged, name = merge(cls, presets, given)
+    plain, _ = merge(cls, presets, {k: v for k, v in given.items() if k not in COSTLY})
+    cost = merged.pop("cost", "")
+    changed = [f"--{k.replace('_', '-')} {shown(merged[k])}" for k in COSTLY if merged.get(k) != plain.get(k)]
+    if changed:
+        cost = f"its cost changes with {' '.join(changed)}; the end is estimated after 20 steps"
+    if cost and not quiet:
+        say(f"preset {name}: {cost}")
+    args = cls(**merged)
+    args.given = frozenset(given)                         # no field: what was typed, and is not for a preset to change
+    return args
+
+
+def merge(cls, presets, given):
+    """({field: value}, name of the preset): defaults < preset < data < mode < flags. Raises BadInput."""
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    asked = defaults | given
+    if asked["dataset"] == "digits":
+        if asked["preset"] != "auto":
+            raise BadInput("the digits have one preset; leave --preset out")
+        name, preset, data = "digits", presets["digits"], {}
+    else:
+        cuda = asked["device"] in ("auto", "cuda") and torch.cuda.is_available()
+        best = "small" if not cuda else "fast" if "fast" in presets else "paper"
+        name = best if asked["preset"] == "auto" else asked["preset"]
+        if name not in presets:
+            raise BadInput(f"there is no --preset {name} here; leave it out")
+        preset = presets[name] | dict(preset=name)
+        data = presets.get(asked["dataset"] if asked["dataset"] in DATASETS else "folder", {})
+    mode = presets.get(asked.get("mode"), {})
+    return defaults | preset | data | mode | given, name
+
+
+def resumed(cls, given):
+    """The Args of the run that --resume names, with those flags in `given` that may change. Raises BadInput."""
+    folder = given["resume"]
+    config = config_of(folder)
+    if config["about"]["script"] != script(inspect.getfile(cls)):
+        raise BadInput(f"{folder} was made by {config['about']['script']}; resume it with that")
+    old = known(cls, config)
+    for k, v in given.items():
+        if v != old.get(k) and k not in MAY_CHANGE - set(getattr(cls, "fixed", ())):
+            raise BadInput(f"--{k.replace('_', '-')} defines the run, --resume cannot change it; start a new run")
+    return cls(**old | given)
+
+
+def known(cls, config):
+    """The fields of `cls` that a config.json holds, also where an older script called them otherwise."""
+    renamed = getattr(cls, "renamed", {})
+    config = {renamed.get(k, k): v for k, v in config.items()}
+    return {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
+
+
+def comments(cls):
+    """[(heading, field, help text, bounds)] of a dataclass, from its source; the heading is the last '# --- ..'."""
+    found, heading = [], "the run"
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for line in inspect.getsource(cls).splitlines():
+        if ruler := re.match(r" +# --- (.*)", line):
+            heading = ruler[1]
+        if note := re.match(r"    (\w+):.*?  # *(.*)$", line):
+            bounds = re.search(r"\(([<>][^()]*)\)$", note[2])
+            found.append((heading, fields[note[1]], note[2], bounds[1].split(", ") if bounds else []))
+    return found
+
+
+def check_bounds(args):
+    """Compare every number with the bounds in its field's comment; a bound may name another field. BadInput."""
+    for _, field, _, bounds in comments(type(args)):
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(args, field.name)
+        if field.type is float and not math.isfinite(value):
+            raise BadInput(f"{flag} must be a finite number, not {value}")
+        for bound in bounds:
+            sign, limit = re.fullmatch(r"([<>]=?) *(\S+)", bound).groups()
+            compare, words = COMPARE[sign]
+            named = f"--{limit.replace('_', '-')} = " if hasattr(args, limit) else ""
+            number = getattr(args, limit) if named else float(limit)
+            if not all(compare(v, number) for v in (value if isinstance(value, tuple) else [value])):
+                raise BadInput(f"{flag} must be {words} {named}{number:g}")
+
+
+def integers(text):
+    """'1,2,2' -> (1, 2, 2)."""
+    return tuple(int(s) for s in text.replace(",", " ").split())
+
+
+def parser(cls, values=None, presets=(), preset=""):
+    """The parser of a dataclass. With `values`, what this command would run with: each help text ends in its value
+    and, where that is another one, the default, which is the paper's."""
+    module = sys.modules[cls.__module__]
+    name = script(inspect.getfile(cls))
+    start = f"python -m {name}" if "." in name else f"python {name}.py"
+    ap = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, usage=f"{start} [--flag value ..]",
+                formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, description=module.__doc__,
+                epilog=epilog(start, presets, preset))
+    groups = {}
+    for heading, field, text, _ in comments(cls):
+        group = groups[heading] = groups.get(heading) or ap.add_argument_group(heading)
+        now, paper = (values or {}).get(field.name, field.default), field.default
+        text = f"{text} [{shown(now)}{f'; paper {shown(paper)}' if now != paper else ''}]".replace("%", "%%")
+        kind = dict(type=integers if field.type is tuple else field.type, metavar=field.type.__name__)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)            # --bf16 / --no-bf16
+        elif choices := get_args(field.type):                             # of a Literal
+            kind = dict(choices=choices)
+        flag = "--" + field.name.replace("_", "-")
+        group.add_argument(flag, dest=field.name, help=text, **kind)
+        if "_" in field.name:                                             # understood, but not listed twice
+            group.add_argument(f"--{field.name}", dest=field.name, help=argparse.SUPPRESS, **kind)
+    ap.add_argument("-h", "--help", action="store_true", help="print this for the other flags given, and exit")
+    return ap
+
+
+def shown(value):
+    """A value as it would be typed."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value == "" else str(value)
+
+
+def epilog(start, presets, preset):
+    """The end of the help: two examples, and the presets with their cost."""
+    costs = [f"  {k:8}{presets[k]['cost']}{' (this command)' * (k == preset)}" for k in presets if "cost" in presets[k]]
+    return "\n".join(["examples:", f"  {start}", f"  {start} --dataset cifar10 --steps 2", "", "presets:", *costs])
+
+
+def script(file):
+    """Path of a script -> the name to import it by: ect, common.teacher."""
+    return ".".join(Path(file).resolve().relative_to(ROOT).with_suffix("").parts)
+
+
+# ---- config.json and --device --------------------------------------------------------------------
+def config_of(folder):
+    """The flags of a run folder as written by folder.write_config, with `about`. Raises BadInput."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        config["about"]["script"]                                         # or KeyError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadInput(f"{folder} is no run folder: its config.json is missing or damaged")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+
+
+def device_of(flag):
+    """--device -> cuda, cpu or mps. Raises BadInput if it is not there."""
+    if flag == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if flag != "cpu" and not (torch.cuda if flag == "cuda" else torch.backends.mps).is_available():
+        raise BadInput(f"--device {flag}: there is no such device here; leave --device out")
+    return flag

@@ -1,0 +1,138 @@
+"""The run folder: its number, config.json, checkpoints and figures.
+
+    runs/<method>-<dataset>-<nnn>/
+        config.json              every flag, as used; `about`: script, versions, data, and the flags as they were asked
+        log.jsonl  eval.jsonl    one object a line: the training, the figures
+        ckpt.pt  ckpt.prev.pt    the last two checkpoints; with --keep also ckpt-0005000.pt, ...
+        samples/  source/        grids; the script and common/ as they were
+
+A checkpoint is a dict of state dicts beside `it` (steps done), `config` (the flags) and `model` (what networks.build
+needs to make the network again). It loads with torch.load(weights_only=True), and is the same whether the run was
+sharded over several GPUs or not."""
+import contextlib
+import dataclasses
+import glob
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from common.flags import ROOT, BadInput, config_of, say, script
+
+
+def numbered(out, stem):
+    """The run folders <out>/<stem>-<nnn>, oldest first."""
+    found = [p for p in Path(out).glob(glob.escape(stem) + "-*") if p.name[len(stem) + 1:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[len(stem) + 1:]))
+
+
+def next_number(out, stem):
+    """The path of a new run folder, one number after the last: a deleted run's number may not come again."""
+    taken = numbered(out, stem)
+    number = int(taken[-1].name[len(stem) + 1:]) + 1 if taken else 0
+    return Path(out) / f"{stem}-{number:03d}"
+
+
+def create(folder):
+    """Make a run folder. Raises BadInput where that is not possible."""
+    try:
+        (folder / "samples").mkdir(parents=True)
+    except OSError as e:
+        raise BadInput(f"--out {folder.parent}: {e.strerror}; name a folder that can be written")
+
+
+def write_config(folder, args, asked, file, data, **about):
+    """Write config.json, and copy the script `file` and common/ into source/ if that is not there yet.
+
+    args: the flags as the run uses them; asked: as they were given, before the teacher and the method settled some."""
+    commit = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
+    about = dict(script=script(file), argv=sys.argv, commit=commit.stdout.strip(), torch=torch.__version__,
+                 data_sha256=data.sha256, **about)
+    about["asked"] = config_of(folder)["about"].get("asked", {}) if args.resume else dataclasses.asdict(asked)
+    text = json.dumps(dataclasses.asdict(args) | dict(resume="", about=about), indent=1)
+    (folder / "config.tmp").write_text(text)
+    os.replace(folder / "config.tmp", folder / "config.json")
+    if not (folder / "source").exists():
+        file = Path(file).resolve()
+        shutil.copytree(ROOT / "common", folder / "source/common", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(file, folder / "source" / file.relative_to(ROOT))
+
+
+def figures(folder):
+    """The lines of eval.jsonl; one that a kill has torn is passed over."""
+    path, found = Path(folder) / "eval.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def described(path):
+    """', 1,600 steps, FD (pixels) 0.130': what is known of the teacher in a run folder; nothing of another path."""
+    if not Path(path).is_dir():
+        return ""
+    last = {s["metric"]: s["value"] for s in figures(path) if s["net"] == "teacher"}
+    figure = f", FD (pixels) {last['fd_pixels']:.3f}" if "fd_pixels" in last else ""
+    return f", {load(path)['it']:,} steps{figure}"
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+def save(folder, ckpt, keep):
+    """Write ckpt.pt so that a kill at any moment leaves a loadable run; the one before it becomes ckpt.prev.pt."""
+    tmp, new, old = (folder / f"ckpt.{ending}" for ending in ("tmp", "pt", "prev.pt"))
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(ckpt, f)
+            f.flush()
+            os.fsync(f.fileno())                          # else a power cut may leave an empty file of this name
+    except BaseException:                                 # a full disk leaves the old checkpoint
+        tmp.unlink(missing_ok=True)
+        raise
+    if new.exists():
+        os.replace(new, old)
+    os.replace(tmp, new)
+    if keep:
+        shutil.copy(new, folder / f"ckpt-{ckpt['it']:07d}.pt")
+
+
+def load(path):
+    """The newest readable checkpoint of a run folder, or a checkpoint file, on the CPU; BadInput if there is none."""
+    path = Path(path)
+    files = [path / "ckpt.pt", path / "ckpt.prev.pt"] if path.is_dir() else [path]
+    for f in files:
+        try:
+            return torch.load(f, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            continue
+        except Exception as e:                            # torch raises many kinds for a damaged file
+            before = "; trying the checkpoint before it" if f != files[-1] else ""
+            say(f"{f} cannot be read ({type(e).__name__}){before}")
+    raise BadInput(f"no readable checkpoint in {path}; name a run folder or a ckpt.pt")
+
+
+def full(tree):
+    """Gather every sharded tensor of a state dict on the CPU: one format, sharded run or not. All ranks take part."""
+    def whole(v):
+        if not torch.is_tensor(v):
+            return v
+        return (v.full_tensor() if isinstance(v, DTensor) else v).cpu()
+    return tree_map(whole, tree)
+
+
+def shard_like(saved, owner):
+    """The inverse of `full`: split the saved tensors as those of `owner`, a sharded module or its optimiser, are."""
+    def split(v, p):
+        same = isinstance(p, DTensor) and torch.is_tensor(v) and v.shape == p.shape
+        return distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if same else v
+    if isinstance(owner, torch.nn.Module):
+        now = owner.state_dict()
+        return {k: split(v, now[k]) for k, v in saved.items()}
+    params = [p for g in owner.param_groups for p in g["params"]]
+    state = {i: {k: split(v, params[i]) for k, v in s.items()} for i, s in saved["state"].items()}
+    return saved | dict(state=state)

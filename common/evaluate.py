@@ -28,12 +28,13 @@ def picture(images, cols=0):
     return Image.fromarray(sheet.numpy().repeat(zoom, 0).repeat(zoom, 1))
 
 
-def generate(run, data, n, k, draw):
-    """n images of `draw`, uint8 [n,C,H,W] on the CPU, in k sampling steps; the ranks share the work, all get them."""
+def generate(run, data, n, k, draw, labels=None):
+    """n images of `draw`, uint8 [n,C,H,W] on the CPU, in k sampling steps, with these `labels` [L], repeated, or none.
+    The ranks share the work, and all get the images."""
     ids = torch.arange(run.rank, n + -n % run.world, run.world)           # equal shares: sharded calls must pair up
-    out = []
-    for i in tqdm(ids.split(256), "images", leave=False, disable=run.rank > 0, delay=5):
-        y = (i % data.classes).to(run.device) if run.args.cond else None
+    size, out = 256 if run.device.type == "cuda" else 64, []              # small enough for the bar to move
+    for i in tqdm(ids.split(size), "images", leave=False, disable=run.rank > 0, delay=2):
+        y = None if labels is None else labels[i % len(labels)].to(run.device)
         out.append(fid.quantise(draw(fid.noise_of(i, k, data.images.shape[1:], run.device), y)))
     out = torch.cat(out)
     if run.world > 1:
@@ -45,23 +46,29 @@ def generate(run, data, n, k, draw):
 
 def evaluate(run, it, data, draw, net="ema", steps=None):
     """Write a grid and measure fd_pixels, and --fid where it is due, with 1 and with --steps sampling steps, or with
-    `steps` alone. The noise is the same in every run and at every step, so that grids can be compared."""
+    `steps` alone. The noise is the same in every run and at every step, so that grids can be compared.
+
+    With --cond, figures are of images whose labels are as frequent as in the data: equal shares would give a perfect
+    model of classes 9:1 a distance of 2.8. In a grid each column is a class."""
     a = run.args
     n, many = min(len(data.images), FD_IMAGES), a.fid if run.fid_due(it) else 0
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
     real = data.images[order[:n].to(run.device)]
+    labels, classes = (data.labels[order].cpu(), torch.arange(data.classes)) if a.cond else (None, None)
     whole = getattr(a, "boundaries", 1) == 1              # else one step jumps to the end of a segment only
     for k in [steps] if steps else sorted({1, a.steps}) if whole else [a.steps]:
         began = time.time()
-        fake = generate(run, data, max(n, a.grid, many), 1 if net == "teacher" else k, draw)
+        draws = 1 if net == "teacher" else k              # the diffusion sampler draws noise once
+        fake = generate(run, data, max(n, many, 0 if a.cond else a.grid), draws, draw, labels)
+        grid = generate(run, data, a.grid, draws, draw, classes) if a.cond else fake[:a.grid]
         t_mid = getattr(a, "t_mid", None) if k > 1 and net != "teacher" and whole else None
 
         def note(metric, value, n, mode):
-            run.append("eval.jsonl", dict(it=it, metric=metric, value=round(value, 4), n=n, net=net, steps=k,
-                                          t_mid=t_mid, mode=mode, seed=0, sec=round(time.time() - began, 2)))
+            line = dict(it=it, metric=metric, value=round(value, 4), n=n, net=net, steps=k, t_mid=t_mid, mode=mode)
+            run.append("eval.jsonl", line | dict(seed=0, noise="float32", sec=round(time.time() - began, 2)))
         if run.rank == 0:
             name = f"{it:07d}_{'teacher' if net == 'teacher' else f'{k}step'}.png"
-            picture(fake[:a.grid], data.classes if a.cond else 0).save(run.dir / "samples" / name)
+            picture(grid, data.classes if a.cond else 0).save(run.dir / "samples" / name)
             note("fd_pixels", fid.fd_pixels(real, fake[:n]), n, "8x8")
         if many:                                          # all ranks take part
             note("fid", fid.fid(data, fake[:many], a.data_dir), many, fid.MODE)

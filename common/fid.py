@@ -19,13 +19,16 @@ MODE = "legacy_tensorflow"        # the resize behind the published figures; cle
 
 
 def noise_of(ids, k, shape, device, seed=0):
-    """Standard normal noise [k, len(ids), *shape]: image i depends on (seed, i) alone, not on its batch, its rank or
-    the device, and its first slice not on k. float64 where the device has it."""
-    def one(i):
+    """Standard normal noise [k, len(ids), *shape] for k sampling steps: image i depends on (seed, i) alone, not on its
+    batch, its rank or the device, and its first slice not on k. Drawn in float32, which takes a third of the time;
+    returned as float64 where the device has it, in which the samplers then compute."""
+    noise = torch.empty(k, len(ids), *shape)
+    for j, i in enumerate(ids):
         g = torch.Generator().manual_seed(mix(seed, int(i)))
-        return torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(k)])
+        for step in noise[:, j]:                          # one by one: randn works in blocks of 16, which k would shift
+            torch.randn(shape, generator=g, out=step)
     wide = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    return torch.stack([one(i) for i in ids], 1).to(wide).to(device)
+    return noise.to(device).to(wide)
 
 
 def quantise(x):
@@ -94,7 +97,7 @@ def moments(images, net, mode=MODE):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(net.parameters()).device
     mine, total = images[rank::world].split(100 if device.type == "cuda" else 25), 0
-    for batch in tqdm(mine, "Inception", leave=False, disable=rank > 0 or len(images) < 2000, file=sys.stderr):
+    for batch in tqdm(mine, "Inception", leave=False, disable=rank > 0, delay=2, file=sys.stderr):
         f = F.pad(features(net, batch.to(device), mode).double(), (1, 0), value=1.0)
         total = total + f.T @ f                           # the column of ones gives count and sum
     if world > 1:

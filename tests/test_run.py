@@ -326,7 +326,7 @@ def test_a_script_refuses_as_its_main_does(shell, tmp_path):
 
 
 # ---- run folder ----------------------------------------------------------------------------------
-KEYS = {"it", "metric", "value", "n", "net", "steps", "t_mid", "mode", "seed", "sec"}
+KEYS = {"it", "metric", "value", "n", "net", "steps", "t_mid", "mode", "seed", "noise", "sec"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -433,11 +433,30 @@ def test_grids_show_the_same_noise_at_every_step_in_every_run(train, monkeypatch
     assert torch.equal(seen[1], seen[3]) and torch.equal(seen[1], seen[5][:2])
 
 
-def test_columns_of_a_grid_are_classes(train, monkeypatch):
+def test_columns_of_a_grid_are_classes_and_figures_follow_the_data(train, monkeypatch, tmp_path):
+    """Labels in equal shares: where the data are 9:1, the figure of a perfect model would be 2.8 instead of 0."""
     labels = []
-    monkeypatch.setattr(ect, "sample", lambda net, noise, y, args: labels.append(y) or 0 * noise[0])
-    train("ect", "--cond", "--iters", "1", "--grid", "12")
-    assert torch.equal(labels[0][:12], torch.arange(12) % 10)
+    monkeypatch.setattr(ect, "sample", lambda net, noise, y, args: labels.append((noise, y)) or 0 * noise[0])
+    train("ect", "--cond", "--iters", "1", "--grid", "12", "--steps", "1")
+    (noise, figure), (again, grid) = labels
+    assert torch.equal(grid, torch.arange(12) % 10) and torch.equal(noise[:, :12], again)
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(figure, load("digits").labels[order[:64]])
+    rare = np.arange(40) % 10 == 0
+    np.savez(tmp_path / "rare.npz", images=np.zeros((40, 8, 8, 1), np.uint8), labels=rare.astype(int))
+    labels.clear()
+    train("ect", "--dataset", str(tmp_path / "rare.npz"), "--preset", "small", "--attn", "4", "--cond", "--iters", "1",
+          "--mult", "1", "--steps", "1")
+    assert labels[0][1].bincount().tolist() == [36, 4]
+
+
+def test_an_evaluation_shows_that_it_goes_on(train, monkeypatch, capsys):
+    """Minutes of silence after the last step; a bar for what takes no time."""
+    _, run = train("ect", "--iters", "1")
+    assert "images" not in capsys.readouterr().err
+    monkeypatch.setattr(ect, "sample", lambda net, noise, y, args: time.sleep(2.1) or 0 * noise[0])
+    train("ect", "--resume", str(run), "--grid", "100", "--steps", "1")
+    assert "images: " in capsys.readouterr().err
 
 
 def test_picture_places_images_by_rows():

@@ -12,16 +12,18 @@ One training step                                                               
     x_t     =  x0 + t*eps;  x_r = x_t + (r - t)*slope  # of the teacher: (x - D(x, t))/t  [Eq. 6]
     f_t     =  f(x_t, t; net)                          # gradient flows here
     f_r     =  f(x_r, r; target), no gradient          # same dropout mask
-    loss    =  |f_t - f_r|^2                           # weight 1                         [Eq. 7]
+    loss    =  mean over C,H,W of (f_t - f_r)^2        # weight 1                         [Eq. 7]
     target  <- mu*target + (1 - mu)*net                # mu = 0: the network itself       [Eq. 8]
 
 Deviations from the paper
     The distance is the squared L2 norm, one of the paper's three; its best figures are with LPIPS.
-    The norm is a sum over pixels, the paper's a mean: RAdam divides the factor out.
-    The decay of the averaged weights ramps up in the first steps; in the paper it is constant.
-    Non-finite gradients stop the run. GPUs multiply in TF32. Presets digits and small are ours.
-    Not in the paper: --distance huber (see ict.py); --guidance, for teachers trained with dropped
-    labels (ours, not EDM's); --boundaries, from multistep consistency models (arXiv:2403.06807).
+    Network, initialisation and teacher are EDM's, not the authors' own.
+    The decay of the EMA ramps up during the first steps; in the paper it is constant.
+    A loss or gradient that is not finite stops the run. GPUs multiply in TF32.
+    The presets digits and small are ours.
+    Not in the paper: --distance huber (see ict.py). --guidance w replaces the teacher's D by
+    D + w * (D - D without label), a weight of 1 + w in other papers; it needs a teacher trained with
+    dropped labels, as ours is and EDM's are not. --boundaries is from arXiv:2403.06807.
 
 Read next: ct.py.  See only what changes: diff cd.py ct.py
 """
@@ -91,12 +93,12 @@ def loss_fn(net, target, teacher, x0, y, it, args, reseed, lpips=None):
         x_s = line(x_r, target(x_r, r, y), r, args.t_min, s)  # one segment: s = t_min, so that ..
         f_r = line(x_t, x_s, t, s, args.t_min)            # .. f_r = x_s = target(x_r, r, y)
 
-    loss = ((f_t - f_r) ** 2).flatten(1).sum(1)           # squared distance per image [B]
-    if args.distance == "l1":
-        loss = (f_t - f_r).abs().flatten(1).sum(1)
+    loss = ((f_t - f_r) ** 2).flatten(1).mean(1)          # [B]; a sum would be far too much for ..
+    if args.distance == "l1":                             # .. RAdam's first, not rectified steps
+        loss = (f_t - f_r).abs().flatten(1).mean(1)
     if args.distance == "huber":
         c = 0.00054 * math.sqrt(x0[0].numel())
-        loss = (loss + c**2).sqrt() - c
+        loss = (((f_t - f_r) ** 2).flatten(1).sum(1) + c**2).sqrt() - c
     if args.distance == "lpips":
         loss = lpips(f_t, f_r)
     return loss.mean(), dict(t=t, loss=loss.detach())

@@ -14,15 +14,16 @@ One training step                                                               
     x_t     =  x0 + t*eps;  x_r = x0 + r*eps           # the same eps
     f_t     =  f(x_t, t; net)                          # gradient flows here
     f_r     =  f(x_r, r; target), no gradient          # same dropout mask
-    loss    =  |f_t - f_r|^2                           # weight 1                        [Eq. 10]
+    loss    =  mean over C,H,W of (f_t - f_r)^2        # weight 1                        [Eq. 10]
     target  <- mu*target + (1 - mu)*net                # mu = mu(it)                      [Eq. 8]
 
 Deviations from the paper
     The distance is the squared L2 norm, one of the paper's three; its best figures are with LPIPS.
-    The norm is a sum over pixels, the paper's a mean: RAdam divides the factor out.
-    The decay of the averaged weights ramps up in the first steps; in the paper it is constant.
-    Non-finite gradients stop the run. GPUs multiply in TF32. Presets digits and small are ours.
-    mu = mu0^(s0 / N) as in the paper; its code has N - 1. t_mid is ours: the paper names none.
+    Network and initialisation are EDM's, not the authors' own.
+    The decay of the EMA ramps up during the first steps; in the paper it is constant.
+    A loss or gradient that is not finite stops the run. GPUs multiply in TF32.
+    mu = mu0^(s0 / N) as in the paper; its code has N - 1. The paper names no t_mid; this is iCT's.
+    The presets digits and small are ours.
 
 Read next: ict.py.  See only what changes: diff ct.py ict.py
 """
@@ -79,7 +80,8 @@ def loss_fn(net, target, x0, y, it, args, reseed):
     with torch.no_grad():                                 # the target is a constant
         f_r = target(x0 + r * eps, r, y)
 
-    loss = ((f_t - f_r) ** 2).flatten(1).sum(1)           # squared distance per image [B]
+    loss = ((f_t - f_r) ** 2).flatten(1).mean(1)          # [B]; a sum would be far too much for ..
+    # .. RAdam's first five steps, which are not rectified: they follow the gradient itself
     return loss.mean(), dict(t=t, loss=loss.detach(), N=levels(it, args))
 
 

@@ -15,13 +15,14 @@ One training step
     loss    =  d(f_t, f_r) / gap                       # d = sqrt(|f_t - f_r|^2 + c^2) - c
 
 Deviations from the paper
-    a counts from 1, as in the authors' code: a = 0 is diffusion training, done by the teacher.
-    One network in training and sampling, f(x, 0) = x. The authors' code moves the boundary to 0.003
-    when it samples (under 0.6 % in the coefficients at t = 0.821).
-    The decay of the averaged weights ramps up in the first steps; in the code it is constant.
-    Gradients that are not finite stop the run; the authors' code replaces them by numbers.
-    GPUs multiply in TF32; the authors' code leaves it off.
-    The presets digits and small are ours: small networks, the narrowest gap from the start.
+    a counts from 1, as in the authors' code: a = 0 would be diffusion training, the teacher's part.
+    Stages change at exact steps; in the authors' code at the next tick, of 100 steps.
+    The same f(x, 0) = x holds in training and sampling. The authors' code moves the boundary to
+    0.003 when it samples, which changes the coefficients by less than 0.6 % at t = 0.821.
+    The decay of the EMA ramps up during the first steps; in the authors' code it is constant.
+    A loss or gradient that is not finite stops the run; the authors' code replaces it by numbers.
+    GPUs multiply in TF32, which the authors' code leaves off.
+    The presets digits and small are ours.
 
 Read next: common/teacher.py, the diffusion model it starts from.
 """

@@ -14,9 +14,11 @@ One training step
     loss    =  d(f_t, f_r) / (t - r)                   # d = sqrt(|f_t - f_r|^2 + c^2) - c
 
 Deviations from the paper
-    The small Fourier scale, 0.02, is of networks without --teacher; DDPM++ needs none (at most 1).
-    The decay of the averaged weights ramps up in the first steps; in the paper it is constant.
-    Non-finite gradients stop the run. GPUs multiply in TF32. Presets digits and small are ours.
+    Network and initialisation are EDM's. With NCSN++ and no teacher, the scale of the Fourier
+    features is the paper's 0.02; the embedding of DDPM++ is as smooth without a change.
+    The decay of the EMA ramps up during the first steps; in the paper it is constant.
+    A loss or gradient that is not finite stops the run. GPUs multiply in TF32.
+    The presets digits and small are ours.
 
 Read next: ect.py.  See only what changes: diff ict.py ect.py
 """

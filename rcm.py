@@ -21,11 +21,13 @@ One training step of the student: each of the first H, then one in F            
     loss    =  |F_fake(x_t, t) - (cos(t)*z - sin(t)*x)/sd|^2
 
 Deviations from the paper
-    It distils large models of text to image and of video: the presets for these data sets are ours.
-    sd is 1 there; g, q and c are in units of sd here. Weights are those of the code, 100 : 1, not
-    1 : 0.01, and N is uniform, which the code only counts through; warm-up counts steps of both.
-    Images of the student begin at sigma_max, where it is sampled, not at pi/2: EDM's embedding of
-    ln(sigma) has no such time. Non-finite gradients stop the run; the code zeroes them.
+    The paper distils large models of text to image and of video: the presets here are ours.
+    Its sd is 1; here g, q and c are in units of sd, and D_mean = ln(sd) makes ln(tan t) the paper's
+    N(0, 1.6^2). The student's images begin at sigma_max = 80, tan t = 160 for sd .5, where they also
+    begin in sampling, not at pi/2: EDM's embedding of ln(sigma) has no such time.
+    The weights are those of the code, 100 : 1, not 1 : 0.01. N is uniform, where the code counts.
+    Warm-up counts the steps of both networks.
+    A loss or gradient that is not finite stops the run; the authors' code sets it to zero.
 
 Read next: scm.py, the first part alone. What changes: diff scm.py rcm.py
 """
@@ -262,7 +264,7 @@ class Args:
     sigma_rel: float = 0.05           # width of the EMA over all updates; 0: --ema (>= 0, <= 0.28)
     P_mean: float = -1.0              # mean of ln(sigma) in sCM, sigma = sd * tan(t)
     P_std: float = 1.4                # standard deviation of ln(sigma) in sCM (>= 0)
-    D_mean: float = 0.0               # mean of ln(sigma) in DMD, for fake and random rollouts
+    D_mean: float = -0.69             # mean of ln(sigma) in DMD, for fake and random rollouts
     D_std: float = 1.6                # standard deviation of ln(sigma) there (>= 0)
     t_mid: float = 1.1                # time of the second step; sigma .98 at sd .5 (> 0, < 1.5708)
     sigma_max: float = 80.0           # noise level of the first, t = arctan(sigma_max / sd) (> 0)
@@ -278,8 +280,11 @@ PRESETS = {
                   mult=(1, 1, 2), blocks=1, save_every=150),
     "digits": dict(cost="about 10 minutes on two CPU cores, teacher included", iters=1_250,
                    batch=128, lr=3e-4, warmup=50, H=100, lambda_dmd=50.0, student_every=2, N_max=1,
-                   fake_lr=1.0, ch=32, mult=(1, 2), blocks=1, attn=(4,), save_every=250, sd=0.75),
-    "mnist": dict(sd=0.55), "fashion_mnist": dict(sd=0.66),  # the data's own standard deviation
+                   fake_lr=1.0, ch=32, mult=(1, 2), blocks=1, attn=(4,), save_every=250, sd=0.75,
+                   D_mean=-0.29),
+    # the data's own standard deviation, and its logarithm
+    "mnist": dict(sd=0.55, D_mean=-0.6),
+    "fashion_mnist": dict(sd=0.66, D_mean=-0.42),
 }
 
 

@@ -84,7 +84,7 @@ def test_one_segment_is_consistency_distillation_exactly(monkeypatch):
         d = (x_t - guide(x_t, t)) / t
         x_e = x_t + (r - t) * d
         x_r = x_t + (r - t) * ((d + (x_e - guide(x_e, r)) / r) / 2)
-        expect = ((net(x_t, t) - target(x_r, r)) ** 2).flatten(1).sum(1)
+        expect = ((net(x_t, t) - target(x_r, r)) ** 2).flatten(1).mean(1)
     assert torch.equal(stats["loss"], expect)
 
 
@@ -149,7 +149,7 @@ def test_distances_are_over_all_of_an_image(monkeypatch):
     t, delta = torch.ones(3, 1, 1, 1), torch.randn(3, 3, 4, 4) * 0.01
     monkeypatch.setattr(cd, "times", lambda *a: (t, t / 2, torch.full_like(t, T_MIN)))
     net, c, d = lambda x, level, y: delta * (level == 1), 0.00054 * 48**0.5, delta.flatten(1)
-    for kind, expect in dict(l2=(d**2).sum(1), l1=d.abs().sum(1), huber=((d**2).sum(1) + c**2).sqrt() - c).items():
+    for kind, expect in dict(l2=(d**2).mean(1), l1=d.abs().mean(1), huber=((d**2).sum(1) + c**2).sqrt() - c).items():
         args = settled(distance=kind)
         _, stats = cd.loss_fn(net, net, lambda x, t, y: x, torch.zeros_like(delta), None, 0, args, lambda: None)
         assert torch.allclose(stats["loss"], expect, rtol=1e-4)

@@ -22,8 +22,8 @@ Deviations from the paper
     A loss or gradient that is not finite stops the run. GPUs multiply in TF32.
     The presets digits and small are ours.
     Not in the paper: --distance huber (see ict.py). --guidance w replaces the teacher's D by
-    D + w * (D - D without label), a weight of 1 + w in other papers; it needs a teacher trained with
-    dropped labels, as ours is and EDM's are not. --boundaries is from arXiv:2403.06807.
+    D + w * (D - D without label), a weight of 1 + w in other papers, and needs a teacher trained
+    with dropped labels, as ours is and EDM's are not. --boundaries is from arXiv:2403.06807.
 
 Read next: ct.py.  See only what changes: diff cd.py ct.py
 """

@@ -23,8 +23,8 @@ One training step of the student: each of the first H, then one in F            
 Deviations from the paper
     The paper distils large models of text to image and of video: the presets here are ours.
     Its sd is 1; here g, q and c are in units of sd, and D_mean = ln(sd) makes ln(tan t) the paper's
-    N(0, 1.6^2). The student's images begin at sigma_max = 80, tan t = 160 for sd .5, where they also
-    begin in sampling, not at pi/2: EDM's embedding of ln(sigma) has no such time.
+    N(0, 1.6^2). The student's images begin at sigma_max = 80, tan t = 160 for sd .5, as they do in
+    sampling, and not at pi/2: EDM's embedding of ln(sigma) has no such time.
     The weights are those of the code, 100 : 1, not 1 : 0.01. N is uniform, where the code counts.
     Warm-up counts the steps of both networks.
     A loss or gradient that is not finite stops the run; the authors' code sets it to zero.

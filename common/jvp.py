@@ -1,22 +1,24 @@
-"""The derivative of a network along a direction of its inputs, in a pass of its own. Needs torch alone."""
+"""The derivative of a network along a direction of its inputs (Jacobian-vector product), in a pass of its own that
+keeps no graph. Needs torch alone."""
 from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
 from torch.autograd import forward_ad
 
-precise = False                                           # while a derivative is taken: float32, whatever --bf16 says
+precise = False                                           # true while a derivative is taken; then activations are ..
+# .. float32 at least, also in networks that otherwise compute in bfloat16: see TrigFlow.F
 
 
 def dual(*tensors):
-    """True if one of them carries a tangent. What is compiled never does: see `exactly`."""
+    """Does one of these tensors carry a tangent? In compiled code none ever does, see `exactly`."""
     return not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 @contextmanager
 def exactly():
-    """Without TF32 and bfloat16, whose rounding errors a derivative magnifies, and without compiled code, which knows
-    no tangents; a compiled module would also stay uncompiled ever after."""
+    """Compute without TF32 and bfloat16, whose rounding errors a derivative magnifies, and without compiled code: it
+    knows no tangents, and a compiled module that meets one stays uncompiled ever after."""
     global precise
     precise, matmul, conv = True, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -32,13 +34,15 @@ def exactly():
 
 @torch.no_grad()
 def jvp(fn, primals, tangents, exact=True):
-    """fn(*primals) and d/ds fn(primals + s * tangents) at s = 0, as torch.func.jvp, but without a graph, which would
-    cost several times the memory, and through FSDP2. exact=False: a central difference, for what has no forward mode;
-    fn is called twice then and must draw the same random numbers in both calls."""
-    tangents = [v.to(x.dtype) for x, v in zip(primals, tangents)]         # else mixed dtypes pass without an error
+    """(fn(*primals), d/ds fn(primals + s * tangents) at s = 0), as torch.func.jvp gives them, but without a graph, which
+    would cost several times the memory, and also through FSDP2. fn returns one tensor.
+
+    exact=False takes a central difference instead, for networks without forward-mode derivative; fn is then called
+    twice, and must draw the same random numbers in both calls. RuntimeError if the tangent is lost altogether."""
+    tangents = [v.to(x.dtype) for x, v in zip(primals, tangents)]         # a mixture would pass without an error
     with exactly():
         if not exact:
-            h = torch.finfo(primals[0].dtype).eps ** (1 / 3)              # truncation = rounding
+            h = torch.finfo(primals[0].dtype).eps ** (1 / 3)              # errors of truncation and rounding are equal
             hi, lo = (fn(*(x + s * v for x, v in zip(primals, tangents))) for s in (h, -h))
             return (hi + lo) / 2, (hi - lo) / (2 * h)
         with forward_ad.dual_level():
@@ -49,9 +53,11 @@ def jvp(fn, primals, tangents, exact=True):
 
 
 def probe(F, shape, device, tolerance=0.02):
-    """Compare the derivatives of a module's method F(x, t) in x [2, *shape] and in t with central differences, once, on
-    perturbed weights: where the last layer is zero, a lost tangent (detach, a custom operator, a collective) looks
-    like a true one. In float64, or the difference of a steep embedding would be the worse of the two. RuntimeError."""
+    """Check, once before training, that the derivatives of a module's method F(x, t) in x [2, *shape] and in t agree
+    with central differences. A tangent may get lost on the way (detach, a custom operator, a collective) without an
+    error, and is then a zero like any other. The weights are perturbed first, since all derivatives of a network whose
+    last layer is zero are zero; float64, since the difference of a steep embedding would else be the worse of the two.
+    Raises RuntimeError if they differ by more than `tolerance`, relative."""
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)       # mps has no float64
     net = deepcopy(F.__self__).to(device, torch.float64).eval()
     net.dtype = torch.float64

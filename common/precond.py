@@ -1,5 +1,6 @@
-"""From a raw network F to the consistency function or denoiser f(x, t). t has shape [B, 1, 1, 1] everywhere;
-only the raw network sees it flat."""
+"""From a raw network F(x, c_noise, y) to the consistency function, or denoiser, f(x, t, y).
+
+t has shape [B, 1, 1, 1] everywhere outside the raw network, which gets c_noise [B], a function of t."""
 import torch
 import torch.nn as nn
 
@@ -10,10 +11,10 @@ from common.unet import Linear
 class EDM(nn.Module):
     """f(x, t) = c_skip x + c_out F(c_in x, ln(t)/4, y)   (EDM, arXiv:2206.00364, eq. 7 and Table 1).
 
-    t is the standard deviation of the noise, > 0, [B,1,1,1]. With t_min > 0 the boundary condition is
-    f(x, t_min) = x exactly (CM, arXiv:2303.01469, App. C); with t_min = 0 it holds in the limit t -> 0
-    and f is also EDM's denoiser D(x; t). F computes in `dtype`, everything around it in float32
-    (float64 if dtype is float64): coefficients in bfloat16 would lose small noise levels."""
+    t is the standard deviation of the noise, > 0, [B,1,1,1]. With t_min > 0 the coefficients are those with which
+    f(x, t_min) = x holds exactly (CM, arXiv:2303.01469, App. C). With t_min = 0 it holds in the limit t -> 0, and f has
+    the form of EDM's denoiser D(x; t). F computes in `dtype`, all around it in float32 (float64 if dtype is float64):
+    coefficients in bfloat16 would lose small noise levels. forward: x [B,C,H,W] -> the same shape."""
     def __init__(self, model, sd=0.5, t_min=0.0, dtype=torch.float32):
         super().__init__()
         self.model, self.sd, self.t_min, self.dtype = model, sd, t_min, dtype
@@ -36,12 +37,13 @@ class EDM(nn.Module):
 class TrigFlow(nn.Module):
     """f(x, t) = cos(t) x - sin(t) sd F(x, t)   (TrigFlow, sCM, arXiv:2410.11081), with f(x, 0) = x for any F.
 
-    x = cos(t) x0 + sin(t) z with z ~ N(0, sd^2), t in (0, pi/2), [B,1,1,1]: arctan(sigma/sd) for EDM's sigma.
-    sd F is the velocity dx/dt. `raw` says for which flow the raw network was made: "trig", F(x, t) = model(x/sd, t), or
-    "edm", F(x, t) = -model(x/sd, ln(sd tan t)/4), exactly the same diffusion model. `weigh` is the adaptive weight
-    w_phi(t) of losses e^w d - w, which learns w = -ln E[d]. F computes in `dtype`, everything around it in float32
-    (float64 if dtype is float64), and all of it if a derivative is taken."""
-    t_min = 0.0                                           # f(x, t_min) = x
+    x = cos(t) x0 + sin(t) z with z ~ N(0, sd^2); the time t in (0, pi/2), [B,1,1,1], is arctan(sigma/sd) for EDM's
+    noise level sigma. sd F is the velocity dx/dt of a diffusion model. `raw` names the flow for which the raw network
+    was made: "trig", F(x, t) = model(x/sd, t), or "edm", F(x, t) = -model(x/sd, ln(sd tan t)/4), which is exactly EDM's
+    diffusion model. `weigh` is the adaptive weight w(t) in losses e^w d - w: it learns w = -ln E[d].
+    The raw network computes in `dtype`, all around it in float32 (float64 if dtype is float64); while a derivative is
+    taken, all of it does."""
+    t_min = 0.0                                           # the boundary condition f(x, 0) = x holds for any F
 
     def __init__(self, model, sd=0.5, raw="trig", dtype=torch.float32):
         super().__init__()
@@ -51,9 +53,11 @@ class TrigFlow(nn.Module):
 
     @property
     def spec(self):
+        """As that of EDM."""
         return dict(flow="trig", net=self.model.kwargs["net"], kwargs=self.model.kwargs, sd=self.sd, raw=self.raw)
 
     def F(self, x, t, y=None):
+        """The network itself: x [B,C,H,W], t [B,1,1,1], y [B] or None -> [B,C,H,W]."""
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t = x.to(wide), t.to(wide)
         c_noise = t if self.raw == "trig" else (self.sd * t.tan()).log() / 4
@@ -61,8 +65,9 @@ class TrigFlow(nn.Module):
         return F if self.raw == "trig" else -F
 
     def weigh(self, t):
-        a = t.flatten()[:, None] * torch.arange(16, device=t.device, dtype=t.dtype)    # waves of t; the first is 1
-        return self.head(torch.cat([a.cos(), a.sin()], 1)).sum(1)       # [B]; flatten is a view, which FSDP2 minds
+        """The adaptive weight w(t) [B]: a linear function of the waves cos(k t) and sin(k t), k = 0 .. 15."""
+        a = t.flatten()[:, None] * torch.arange(16, device=t.device, dtype=t.dtype)
+        return self.head(torch.cat([a.cos(), a.sin()], 1)).sum(1)         # sum: FSDP2 minds a view of what it returns
 
     def forward(self, x, t, y=None):
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -76,13 +81,13 @@ class TrigFlow(nn.Module):
 
 
 def trig(net):
-    """A frozen network as TrigFlow, sharing its weights."""
+    """A frozen diffusion model of either flow as a TrigFlow, sharing its weights."""
     return net if isinstance(net, TrigFlow) else TrigFlow(net.model, net.sd, "edm", net.dtype).requires_grad_(False)
 
 
 def trig_from_rf(s, x, v, sd):
-    """Rectified flow, x = (1-s) x0 + s eps with velocity v = E[eps - x0 | x] -> t, x and F of TrigFlow. No division by
-    sin(t), which is 0 at s = 0."""
+    """Rectified flow, x = (1-s) x0 + s eps with the velocity v = E[eps - x0 | x], in TrigFlow's variables: t, x and F.
+    Nothing is divided by sin(t), which is 0 at s = 0."""
     n = ((1 - s) ** 2 * sd**2 + s**2).sqrt()
     return torch.atan2(s, (1 - s) * sd), x * sd / n, n / sd * v + ((1 - s) * sd**2 - s) / (n * sd) * x
 

@@ -8,10 +8,11 @@ One training step
     or, with --flow trig (sCM, arXiv:2410.11081), z = sd*eps and a = arctan(t/sd):
     loss    =  e^w |sd*F(cos(a)*x0 + sin(a)*z, a) - (cos(a)*z - sin(a)*x0)|^2 - w     # w(a) is learned
 
-Deviations from the paper: no augmentation pipe (the paper's configuration E: FID 2.05 instead of 1.97
-on CIFAR-10). With --cond, 10 % of the labels are dropped, for guidance. Gradients that are not finite
-stop the run; the authors' code replaces them by numbers. GPUs multiply in TF32. The presets fast, small
-and digits are ours.
+Deviations from the paper
+    There is no augmentation pipe: this is the paper's configuration E, whose FID on CIFAR-10 is 2.05, not 1.97.
+    With --cond, a tenth of the labels is dropped, which guidance needs.
+    A loss or gradient that is not finite stops the run; the authors' code replaces it by numbers.
+    GPUs multiply in TF32. The presets fast, small and digits are ours.
 """
 import math
 from collections import namedtuple

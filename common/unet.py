@@ -19,6 +19,7 @@ from common.jvp import dual
 
 
 class Linear(nn.Module):
+    """x [.., c_in] -> [.., c_out]."""
     def __init__(self, c_in, c_out, bias=True):
         super().__init__()
         self.weight = nn.Parameter(xavier(c_out, c_in))
@@ -29,14 +30,16 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """Optional 2x resampling, then a k x k convolution; k = 0: resampling alone. The filter `taps` is (1, 1), a mean
-    (down) or a copy (up), or (1, 3, 3, 1), smooth. fused: the convolution comes first, on a border wider by one."""
+    """A k x k convolution, after an optional 2x resampling (up or down); with k = 0 the resampling alone.
+
+    `taps` is the filter of the resampling: (1, 1) averages 2 x 2 pixels or copies one pixel to 2 x 2, (1, 3, 3, 1) is
+    smooth. With `fused` the convolution comes first, on an image padded by one pixel more."""
     def __init__(self, c_in, c_out, k, up=False, down=False, gain=1.0, taps=(1, 1), fused=False):
         super().__init__()
         self.up, self.down, self.copies, self.fused = up, down, len(taps) == 2, fused
         self.weight = nn.Parameter(gain * xavier(c_out, c_in, k, k)) if k else None
         self.bias = nn.Parameter(torch.zeros(c_out)) if k else None
-        if up or down:                            # a constant, kept because the checkpoints list it
+        if up or down:                            # a constant, but the released checkpoints list it
             f = torch.tensor(taps) / sum(taps)
             self.register_buffer("resample_filter", torch.outer(f, f)[None, None])
 
@@ -44,9 +47,9 @@ class Conv2d(nn.Module):
         if self.weight is None:
             return self.resample(x)
         w, b = self.weight, self.bias.to(x.dtype)
-        if self.up and self.copies and w.shape[-1] == 3:                # 16 products a pixel of x; 36 on its copies
+        if self.up and self.copies and w.shape[-1] == 3:  # the same sum in 16 products per pixel of x instead of 36
             return F.conv_transpose2d(x, copy_then(w).to(x.dtype), b, stride=2, padding=1)
-        first = self.fused or self.up and self.copies                   # 1 x 1: either order, this one costs a quarter
+        first = self.fused or self.up and self.copies     # a 1 x 1 kernel may come first, which costs a quarter
         x = F.conv2d(x if first else self.resample(x), w.to(x.dtype), b, padding=w.shape[-1] // 2 + self.fused)
         return self.resample(x) if first else x
 
@@ -57,19 +60,21 @@ class Conv2d(nn.Module):
             return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.avg_pool2d(x, 2)
         c = x.shape[1]                            # every channel by itself
         f = self.resample_filter.to(x.dtype).expand(c, 1, -1, -1)
-        if self.up:                               # 4: each output meets only a quarter of the taps
+        if self.up:                               # times 4, as each output pixel meets a quarter of the taps
             return F.conv_transpose2d(x, 4 * f, stride=2, padding=1, groups=c)
         return F.conv2d(x, f, stride=2, padding=0 if self.fused else 1, groups=c)
 
 
 def copy_then(w):
-    """The 4 x 4 kernel, for stride 2, that copies each pixel to 2 x 2 and then applies w [out, in, 3, 3]."""
+    """The kernel [in, out, 4, 4] of a transposed convolution with stride 2 that does two things at once: copy each
+    pixel to 2 x 2, then convolve with w [out, in, 3, 3]."""
     w = w.flip(2, 3)
     return sum(F.pad(w, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1)).transpose(0, 1)
 
 
 class GroupNorm(nn.Module):
-    """min(32, C/4) groups; the statistics are float32 for bfloat16 x."""
+    """Group normalisation of x [B,C,H,W] in min(32, C/4) groups; the statistics of bfloat16 x are float32. ValueError
+    if C does not split into them."""
     def __init__(self, channels, eps=1e-6):
         super().__init__()
         self.groups, self.eps = min(32, channels // 4), eps
@@ -82,30 +87,33 @@ class GroupNorm(nn.Module):
         w, b = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if not dual(x):
             return F.group_norm(x, self.groups, w, b, self.eps)
-        # torch 2.11's derivative of group_norm refuses channels_last; the layout is restored, as dropout masks follow it
+        # torch 2.11's derivative of group_norm refuses channels_last. The layout is restored: dropout masks follow it.
         layout = torch.channels_last if x.is_cpu and not x.is_contiguous() else torch.contiguous_format
         return F.group_norm(x.contiguous(), self.groups, w, b, self.eps).contiguous(memory_format=layout)
 
 
 def xavier(*shape):
+    """Uniform weights [out, in, ..] of variance 2 / (fan_in + fan_out)."""
     fan_in, fan_out = math.prod(shape[1:]), shape[0] * math.prod(shape[2:])
     return math.sqrt(6 / (fan_in + fan_out)) * (2 * torch.rand(shape) - 1)
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v for q, k, v [B, heads, tokens, d]; the one place where attention happens."""
+    """softmax(q k^T / sqrt(d)) v for q, k, v [B, heads, tokens, d]: all attention in this project goes through here."""
     if dual(q, k, v):                             # the fused kernels have no forward mode
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def pnorm(x):
-    """x over the root mean square of its channels (dimension 1)."""
+    """x divided by the root mean square of its channels (dimension 1): sCM's pnorm."""
     return x / (x.square().mean(1, keepdim=True) + 1e-8).sqrt()
 
 
 class UNetBlock(nn.Module):
-    """Residual block, told the noise level by `emb`; with adm it is scaled, too, and its heads have 64 channels."""
+    """Residual block x [B,c_in,H,W], emb [B,c_emb] -> [B,c_out,H or 2H or H/2, ..], with self-attention at its end if
+    attn. emb, the embedding of noise level and label, shifts the activations; with adm or double it scales them, too.
+    With adm there are several heads, of 64 channels each, else there is one."""
     def __init__(self, c_in, c_out, c_emb, dropout, up=False, down=False, attn=False, taps=(1, 1), adm=False,
                  double=False):
         super().__init__()
@@ -118,7 +126,7 @@ class UNetBlock(nn.Module):
         straight = c_in == c_out and not (up or down)
         k = 0 if adm and c_in == c_out else 1
         self.skip = None if straight else Conv2d(c_in, c_out, k, up=up, down=down, taps=taps)
-        self.scale = 1 if adm else math.sqrt(0.5)             # the root keeps the variance
+        self.scale = 1 if adm else math.sqrt(0.5)             # of a sum of two: keeps the variance
         self.qkv = None
         if attn:
             self.heads = c_out // 64 if adm else 1
@@ -140,11 +148,11 @@ class UNetBlock(nn.Module):
         h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
         x = (h + (self.skip(x) if self.skip else x)) * self.scale
         if self.qkv:
-            # channel (head * d + i) * 3 + {0: q, 1: k, 2: v}; another interleave runs but is wrong
+            # Channel (head * d + i) * 3 + {0: q, 1: k, 2: v} in the checkpoints; any other order runs, but is wrong.
             qkv = self.qkv(self.norm2(x)).flatten(2).transpose(1, 2)
             qkv = qkv.unflatten(2, (self.heads, -1, 3)).permute(4, 0, 2, 1, 3)
-            a = attention(*qkv.contiguous())                  # q, k, v [B, heads, H*W, d]; fused kernels
-            a = a.transpose(1, 2).flatten(2).transpose(1, 2)  # .. want the last stride to be 1
+            a = attention(*qkv.contiguous())                  # [B, heads, H*W, d]; fused kernels want the last ..
+            a = a.transpose(1, 2).flatten(2).transpose(1, 2)  # .. stride to be 1
             x = (self.proj(a.reshape(x.shape)) + x) * self.scale
         return x
 
@@ -152,10 +160,11 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """F(x, c_noise, y): x [B, C, size, size], c_noise [B] or [1], y int64 [B] or None -> like x.
 
-    mult: width of each resolution as a multiple of ch, from full size down; blocks per resolution; attn: sizes with
-    attention; classes: 0 for no label input; fourier: the scale of ncsnpp's random frequencies when it starts
-    untrained; norm="double": scale and shift by the noise level are normalised, too (sCM, arXiv:2410.11081): however
-    they grow, their derivative in the noise level stays in proportion. A label of -1, or y=None, means "no label"."""
+    mult: the width of each resolution as a multiple of ch, from full size down, with `blocks` blocks each; attn: the
+    sizes with attention; classes: 0 for no label input, else a label of -1, or y=None, means "no label"; fourier: the
+    scale of ncsnpp's random frequencies. norm="double" also normalises the scale and shift that come from the noise
+    level (sCM, arXiv:2410.11081, Sec. 4.1), which bounds their derivative in it. ValueError: size and mult, or ch and
+    attention, do not fit each other."""
     def __init__(self, size, channels, ch=128, mult=(2, 2, 2), blocks=4, attn=(16,), classes=0, dropout=0.0,
                  net="ddpmpp", fourier=16.0, norm="single"):
         super().__init__()
@@ -210,13 +219,15 @@ class UNet(nn.Module):
         else:
             self.dec[f"{r}x{r}_aux_norm"] = GroupNorm(c)
             self.dec[f"{r}x{r}_aux_conv"] = Conv2d(c, channels, 3, gain=1e-5)
-        for m in self.modules() if norm == "double" else ():  # start from a fixed scale of 1 and a fixed random ..
-            if isinstance(m, UNetBlock):          # .. shift: near 0 the normalised ones would jump with the noise level
+        # Double normalisation starts with a scale of 1 and a random shift, both constant: pnorm of values near 0 would
+        # jump with the noise level.
+        for m in self.modules() if norm == "double" else ():
+            if isinstance(m, UNetBlock):
                 nn.init.ones_(m.affine.bias.chunk(2)[0])
                 nn.init.normal_(m.affine.bias.chunk(2)[1])
 
     def start_as_adm(self):
-        """ADM's own initialisation: uniform up to 1/sqrt(fan_in), also the biases; zero what ends a block."""
+        """ADM's own initialisation: weights and biases uniform up to 1/sqrt(fan_in), the last layer of a block zero."""
         for name, layer in self.named_modules():
             if isinstance(layer, (Linear, Conv2d)) and layer.weight is not None:
                 bound = 0 if name.endswith(("conv1", "proj", "out_conv")) else layer.weight[0].numel() ** -0.5
@@ -226,7 +237,8 @@ class UNet(nn.Module):
             nn.init.normal_(self.map_label.weight)
 
     def embed(self, c_noise, y):
-        """Sinusoids of the noise level [B or 1, ..], plus the label; in the precision of c_noise."""
+        """c_noise [B] or [1], y [B] or None -> [B or 1, 4 ch]: sinusoids of the noise level and the label, through two
+        layers, in the precision of c_noise."""
         adm, half = self.net == "adm", self.ch // 2
         if self.net == "ncsnpp":
             freqs = 2 * math.pi * self.map_noise.freqs.to(c_noise.dtype)
@@ -246,7 +258,7 @@ class UNet(nn.Module):
     def forward(self, x, c_noise, y=None):
         emb, skips, aux = self.embed(c_noise, y).to(x.dtype), [], x
         for name, layer in self.enc.items():
-            if name.endswith("aux_residual"):     # the image at this size joins, in place of the last skip
+            if name.endswith("aux_residual"):     # ncsnpp: the image at this size joins, and replaces the last skip
                 x = aux = (x + layer(aux)) * math.sqrt(0.5)
                 skips[-1] = x
             else:

@@ -202,12 +202,12 @@ def check(args):
 
 
 def segments(args):
-    """The flags that follow from --boundaries K: N, and with more than one segment the steps."""
+    """The flags that follow from --boundaries K: N; with several segments also steps and t_mid."""
     K, N = args.boundaries, args.N or 1 + math.ceil(17 / args.boundaries) * args.boundaries
     if K == 1:
         return dict(N=N)
     say(f"--boundaries {K}: {N} noise levels, sampled in {K} steps")
-    return dict(N=N, steps=K)
+    return dict(N=N, steps=K, t_mid=None)
 
 
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
@@ -232,8 +232,9 @@ def main(args):
         teacher.compile()                                 # *
     opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)  # *
     state = dict(net=net, ema=ema, target=target, opt=opt)  # *
+    steps = [args.steps] if args.boundaries > 1 else sorted({1, args.steps})  # to evaluate  # *
 
-    def draw(noise, y):                                   # what is evaluated
+    def draw(noise, y):
         return sample(ema, noise, y, args)
 
     def reseed():                                         # both calls of a step drop the same units
@@ -264,8 +265,8 @@ def main(args):
         run.log(it, lr=lr)
         if run.due(it):                                   # each --save-every, at the end, a signal
             run.save(it, state)
-            run.evaluate(it, data, draw)
-    return run.finish(it, data, draw)
+            run.evaluate(it, data, draw, steps)
+    return run.finish(it, data, draw, steps)
 
 
 if __name__ == "__main__":

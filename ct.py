@@ -184,8 +184,9 @@ def main(args):
         target.compile()                                  # *
     opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)  # *
     state = dict(net=net, ema=ema, target=target, opt=opt)  # *
+    steps = sorted({1, args.steps})                       # of the sampler, all to be evaluated  # *
 
-    def draw(noise, y):                                   # what is evaluated
+    def draw(noise, y):
         return sample(ema, noise, y, args)
 
     def reseed():                                         # both calls of a step drop the same units
@@ -216,8 +217,8 @@ def main(args):
         run.log(it, lr=lr)
         if run.due(it):                                   # each --save-every, at the end, a signal
             run.save(it, state)
-            run.evaluate(it, data, draw)
-    return run.finish(it, data, draw)
+            run.evaluate(it, data, draw, steps)
+    return run.finish(it, data, draw, steps)
 
 
 if __name__ == "__main__":

@@ -321,8 +321,9 @@ def main(args):
     opt_net, opt_fake = (torch.optim.AdamW(m.parameters(), lr=args.lr, betas=(0.0, 0.999),  # *
                          weight_decay=0.01, foreach=True) for m in (net, fake))  # *
     state = dict(net=net, ema=ema, fake=fake, opt=opt_net, opt_fake=opt_fake)  # *
+    steps = sorted({1, args.steps})                       # of the sampler, all to be evaluated  # *
 
-    def draw(noise, y):                                   # what is evaluated
+    def draw(noise, y):
         return sample(ema, noise, y, args)
 
     def reseed():                                         # both calls of a step drop the same units
@@ -359,8 +360,8 @@ def main(args):
         run.log(it, lr=lr)
         if run.due(it):                                   # each --save-every, at the end, a signal
             run.save(it, state)
-            run.evaluate(it, data, draw)
-    return run.finish(it, data, draw)
+            run.evaluate(it, data, draw, steps)
+    return run.finish(it, data, draw, steps)
 
 
 if __name__ == "__main__":

@@ -198,8 +198,9 @@ def main(args):
         net.model.compile()                               # *
     opt = torch.optim.RAdam(net.parameters(), lr=args.lr, betas=(0.9, 0.99), foreach=True)  # *
     state = dict(net=net, ema=ema, opt=opt)               # *
+    steps = sorted({1, args.steps})                       # of the sampler, all to be evaluated  # *
 
-    def draw(noise, y):                                   # what is evaluated
+    def draw(noise, y):
         return sample(ema, noise, y, args)
 
     def reseed():                                         # both calls of a step drop the same units
@@ -231,8 +232,8 @@ def main(args):
         run.log(it, lr=lr)
         if run.due(it):                                   # each --save-every, at the end, a signal
             run.save(it, state)
-            run.evaluate(it, data, draw)
-    return run.finish(it, data, draw)
+            run.evaluate(it, data, draw, steps)
+    return run.finish(it, data, draw, steps)
 
 
 if __name__ == "__main__":

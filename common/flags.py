@@ -159,6 +159,8 @@ def check_bounds(args):
     """Compare every number with the bounds in its field's comment; a bound may name another field. BadInput."""
     for _, field, _, bounds in comments(type(args)):
         flag, value = f"--{field.name.replace('_', '-')}", getattr(args, field.name)
+        if value is None:                                 # settled by the method: this run has none
+            continue
         if field.type is float and not math.isfinite(value):
             raise BadInput(f"{flag} must be a finite number, not {value}")
         for bound in bounds:

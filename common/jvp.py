@@ -34,8 +34,8 @@ def exactly():
 
 @torch.no_grad()
 def jvp(fn, primals, tangents, exact=True):
-    """(fn(*primals), d/ds fn(primals + s * tangents) at s = 0), as torch.func.jvp gives them, but without a graph, which
-    would cost several times the memory, and also through FSDP2. fn returns one tensor.
+    """fn(*primals) and d/ds fn(primals + s * tangents) at s = 0, as torch.func.jvp gives them, but without a graph,
+    which would cost several times the memory, and also through FSDP2. fn returns one tensor.
 
     exact=False takes a central difference instead, for networks without forward-mode derivative; fn is then called
     twice, and must draw the same random numbers in both calls. RuntimeError if the tangent is lost altogether."""

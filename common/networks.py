@@ -18,9 +18,11 @@ def build(spec, dtype=torch.float32):
 
 
 def backbone(args, data, teacher=None, **more):
-    """The raw network F that the flags describe, `more` being keywords without a flag, or a copy of the teacher's, in
-    either case with the run's own dropout. --flow trig: as sCM made it, smooth in the noise level, whose derivative
-    enters the loss. Raises BadInput where the flags do not fit the images."""
+    """The raw network F that the flags describe, or a copy of the teacher's; in either case with the run's own dropout.
+
+    `more` are keywords of the network that have no flag. With --flow trig a U-Net gets sCM's changes, which make it
+    smooth in the noise level: its derivative in that enters the loss. Raises BadInput where flags and images do not fit
+    each other."""
     _, channels, size, _ = data.images.shape
     if teacher is not None:
         kwargs = dict(teacher.model.kwargs, dropout=args.dropout)

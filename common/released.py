@@ -43,6 +43,7 @@ class Inert(dict):
 
 
 class Unpickler(pickle.Unpickler):
+    """Turns every name in KNOWN into a class of inert data, and refuses all others."""
     def find_class(self, module, name):
         name = f"{module}.{name}"
         if name not in KNOWN:
@@ -54,8 +55,8 @@ class Unpickler(pickle.Unpickler):
 
 
 def unpickle(f):
-    """The next pickle in the stream f. One opcode of nine bytes can make Python's memo as long as the memory."""
-    start = f.tell()
+    """The next pickle in the stream f, as inert data. Raises ValueError, or whatever a damaged pickle leads to."""
+    start = f.tell()                                      # LONG_BINPUT, nine bytes, can make the memo fill the memory
     if any(op.name == "LONG_BINPUT" and arg > 10**6 for op, arg, _ in pickletools.genops(f)):
         raise ValueError("it numbers more parts than a checkpoint has")
     f.seek(start)
@@ -74,8 +75,8 @@ def tensor(weight):
 
 
 def storage(data):
-    """The 1-D tensor of a legacy torch.save stream: five pickles (magic number, version, machine, what the storage is,
-    its key), the count of values, the values."""
+    """The 1-D tensor in a legacy torch.save stream: five pickles (magic number, version, machine, kind of the storage,
+    its key), then the number of values in eight bytes, then the values. Raises ValueError."""
     f = io.BytesIO(data)
     magic, version, _, (_, kind, _, _, count, _), _ = (unpickle(f) for _ in range(5))
     start, dtype = f.tell() + 8, STORAGES[kind.__name__]
@@ -85,8 +86,9 @@ def storage(data):
 
 
 def parameters(module, prefix, seen):
-    """(name, Inert tensor) of an Inert module, in the order of torch's state_dict."""
-    if id(module) in seen:                                # 40 such modules are 2**40 to whoever walks them
+    """(name, Inert tensor) of an Inert module and all below it, in the order of torch's state_dict. `seen` are the ids
+    of the modules met so far."""
+    if id(module) in seen:                                # 40 modules that hold the next one twice take 2**40 steps
         raise ValueError("a module in it is part of itself or of two others")
     seen.add(id(module))
     state = module.args[0]["state"] if module.args else module.state      # EDM's own classes; torch's ModuleDict
@@ -97,8 +99,8 @@ def parameters(module, prefix, seen):
 
 
 def read(path):
-    """(spec for `build`, weights) of the averaged network in an EDM or ECT .pkl. Raises ValueError, or what else a
-    damaged file leads to."""
+    """The averaged network in a .pkl of EDM or ECT: its spec for networks.build, and its weights {name: float32}.
+    Raises ValueError, or whatever else a damaged file leads to."""
     with open(path, "rb") as f:
         net = unpickle(f)["ema"]
     meta, weights, room = net.args[0], {}, Path(path).stat().st_size
@@ -117,7 +119,7 @@ def read(path):
 
 
 def shape_of(weights):
-    """The arguments of UNet, read off the names and shapes of its weights."""
+    """The arguments of unet.UNet, read off the names and shapes of its weights. Raises ValueError."""
     first = next((k for k in weights if re.fullmatch(r"model\.enc\.(\d{1,4})x\1_conv\.weight", k)), None)
     if not first:
         raise ValueError("it holds no U-Net")

@@ -258,17 +258,17 @@ class Run:
                 f"python -m {script(self.file)} --resume {self.dir}")
             raise SystemExit(128 + stop)
 
-    def evaluate(self, it, data, draw, **how):
+    def evaluate(self, it, data, draw, steps, **how):
         """evaluate.evaluate, not counted as time of training. A signal ends it: all that was learned is saved."""
         start, self.evaluating = time.time(), True
-        evaluate.evaluate(self, it, data, draw, **how)
+        evaluate.evaluate(self, it, data, draw, steps, **how)
         self.evaluating, self.evaluated, spent = False, it, time.time() - start
         self.began, self.logged = self.began + spent, (self.logged[0] + spent, self.logged[1])
 
-    def finish(self, it, data, draw, **how):
+    def finish(self, it, data, draw, steps, **how):
         """Evaluate if the last step was not, print the table, return {"run": folder, "fd_pixels_2step": value, ..}."""
         if self.evaluated != it:
-            self.evaluate(it, data, draw, **how)
+            self.evaluate(it, data, draw, steps, **how)
         self.close()
         if self.world > 1:
             dist.barrier()                                # rank 0 has written its lines

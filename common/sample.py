@@ -123,15 +123,15 @@ def load_run(path, device="cpu"):
 
 def settle(a, method, args):
     """The run's flags with --steps, --t-mid and --data-dir of the command line in their place. Raises BadInput."""
-    own, K = a.ts or a.find_ts or a.edit, getattr(args, "boundaries", 1)
+    own, stored = a.ts or a.find_ts or a.edit, args
     args = replace(args, steps=a.steps or args.steps, data_dir=a.data_dir or args.data_dir)
     if a.t_mid is not None and not hasattr(args, "t_mid"):
         raise BadInput("--t-mid is for consistency models; this is a diffusion model, which has none")
     if own and method is teacher:
         raise BadInput("--ts, --find-ts and --edit are for consistency models; this is a diffusion model")
-    if K > 1 and (own or a.t_mid or args.steps != K):
-        raise BadInput(f"this run jumps from edge to edge of its {K} segments; leave out --ts, --find-ts, --edit, "
-                       "--t-mid and --steps")
+    if getattr(args, "t_mid", 0) is None and (own or a.t_mid or args.steps != stored.steps):
+        raise BadInput(f"this run is sampled in its {stored.steps} steps alone, from edge to edge of its segments; leave "
+                       "out --ts, --find-ts, --edit, --t-mid and --steps")
     if a.t_mid is not None:
         args = replace(args, t_mid=a.t_mid)
     check_bounds(args)

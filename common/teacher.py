@@ -14,7 +14,6 @@ Deviations from the paper
     A loss or gradient that is not finite stops the run; the authors' code replaces it by numbers.
     GPUs multiply in TF32. The presets fast, small and digits are ours.
 """
-import math
 from collections import namedtuple
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -147,7 +146,7 @@ def main(args):
         net.model.compile()
     opt = torch.optim.Adam(net.parameters(), lr=args.lr, foreach=True)
     state = dict(net=net, ema=ema, opt=opt)
-    how = dict(net="teacher", steps=args.steps)
+    how = dict(net="teacher", steps=[args.steps])
 
     def draw(noise, y):
         return sample(ema, noise, y, args)
@@ -256,7 +255,7 @@ def wish(args, run, quiet=True):
     given |= dict(iters=args.teacher_iters) if args.teacher_iters else {}
     given |= dict(batch=args.batch) if typed(run) else {}
     its, parts = from_presets(Args, PRESETS, given, quiet), run.world * args.accum
-    return replace(its, batch=math.ceil(its.batch / parts) * parts)       # a preset knows of no ranks
+    return replace(its, batch=its.batch + -its.batch % parts)             # a preset knows of no ranks
 
 
 def adopt(args, data, run):
@@ -304,7 +303,7 @@ def show(teacher, found, run, data):
 
     def draw(noise, y):
         return sample(teacher, noise, y, Args())
-    run.evaluate(0, data, draw, net="teacher", steps=Args.steps)
+    run.evaluate(0, data, draw, [Args.steps], net="teacher")
 
 
 def released_address(args):

@@ -155,6 +155,25 @@ def code_words(tree):
                 yield from re.findall(r"[a-z]+", value.lower())
 
 
+MAY_READ = {"sd", "t_min", "t_mid", "t_max", "sigma_max", "mode", "flow"}          # where a method has them
+
+
+def reads(code):
+    """The names that the code reads of args or a: as attributes, or by getattr and hasattr."""
+    return set(re.findall(r"\b(?:args|a|asked)\.([A-Za-z_]\w*)", code)
+               + re.findall(r"(?:getattr|hasattr)\((?:self\.)?\w+, \"(\w+)\"", code))
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "common").glob("*.py")))
+def test_common_reads_no_flag_of_a_method(file):
+    """`boundaries` or `lambda_dmd` in common/: the next method's flags would have to be known there, too."""
+    own = {name for m in METHODS for name, *_ in flags(text(m), own=True)}
+    teachers = {f.name for f in dataclasses.fields(importlib.import_module("common.teacher").Args)}
+    known = MAY_READ | (teachers if file == "teacher.py" else set())
+    assert not reads((ROOT / "common" / file).read_text()) & (own - known)
+    assert reads('x = args.N + a.q * getattr(self.args, "H", 0)') == {"N", "q", "H"} <= own
+
+
 @pytest.mark.parametrize("file", [p.name for p in (ROOT / "common").glob("*.py")])
 def test_common_knows_no_method(file):
     """`if method == ..` in common/: the next method would have to be written there, too."""

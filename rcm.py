@@ -1,23 +1,24 @@
 """
 rcm.py: Score-regularised consistency models.    Zheng et al. 2025, arXiv:2510.08431.
 
-Idea    sCM covers all that the teacher makes, but blurs it. Comparing scores on the student's own
-        images (DMD) sharpens them, but forgets modes. Take both, the second with a small weight.
-        The score of those images is that of a third network, fake.
+Idea    sCM (scm.py) covers all that the teacher makes, but its images are blurred. Matching scores
+        on the student's own images (DMD) sharpens them, but loses modes. Take both, the second with
+        a small weight. The score of the student's images is that of a third network, fake: a
+        diffusion model that is trained on them all along.
 
-One training step of the student: each of the first H, then one in F               [Algorithm 1]
+One training step of the student: the first H steps, then one in student_every       [Algorithm 1]
     t       =  arctan(e^tau / sd),  tau ~ N(P_mean, P_std^2)
     x_t     =  cos(t)*x0 + sin(t)*z,   z = sd*eps          # f(x, t) = cos(t)*x - sin(t)*sd*F(x, t)
-    F_T     =  F_u + (1 + guidance) * (F_c - F_u)          # teacher without and with the class
+    F_T     =  F_u + (1 + guidance) * (F_c - F_u)          # the teacher without and with the label
     dF      =  cos(t)*sin(t) * dF(x_t, t)/dt along (sd*F_T, 1)                            # JVP
     g       =  -cos(t)*sqrt(1 - (ramp*sin(t))^2)*(F - F_T) - ramp*cos(t)*sin(t)*x_t/sd - dF
     loss    =  loss_scale * |F - (F + g/(|g| + c))|^2      # no gradient through F + g; ramp: 0 .. 1
-    and after the first H also, for images x of the student, made in N = 1..N_max steps,
-    x_t     =  cos(t)*x + sin(t)*z,    t as above with D_mean, D_std
-    q       =  (f_fake - f_T) / mean|x - f_T|              # at (x_t, t)
-    loss    += lambda_dmd * |(x - (x - sd*q))/sd|^2        # gradient through x, its last step alone
+After the first H steps also, for images x that the student makes of noise in N = 1 .. N_max steps
+    x_t     =  cos(t)*x + sin(t)*z                         # new noise; t with D_mean and D_std
+    q       =  (f_fake - f_T) / mean|x - f_T|              # at (x_t, t); f of fake and teacher
+    loss    += lambda_dmd * |(x - (x - sd*q))/sd|^2        # gradient through x's last step alone
 
-    In all other steps fake learns, from x, x_t and t as in the second part:
+All other steps train fake, with x, x_t and t made in the same way
     loss    =  |F_fake(x_t, t) - (cos(t)*z - sin(t)*x)/sd|^2
 
 Deviations from the paper
@@ -49,12 +50,12 @@ from common.run import Run
 
 # ==== 1. Schedules ================================================================================
 def is_students(it, args):
-    """Is step it the student's? Each of the first H is, and then one in F; the rest is fake's."""
+    """Is step it the student's? The first H are, then one in student_every; others are fake's."""
     return not args.lambda_dmd or it < args.H or (it - args.H) % args.student_every == 0
 
 
 def updates(it, args):
-    """Updates of the student before step it."""
+    """How often the student has been updated before step it."""
     late = max(it - args.H, 0) if args.lambda_dmd else 0
     return it - late + math.ceil(late / args.student_every)
 
@@ -68,7 +69,7 @@ def power(sigma_rel):
 
 
 def average(it, args):
-    """EMA decay in step `it`: the average of `power` over the student's updates; 1 in fake's."""
+    """EMA decay of step it: the average of `power` over the student's updates; 1 in fake's steps."""
     if not is_students(it, args):
         return 1.0
     k = updates(it, args)
@@ -78,7 +79,7 @@ def average(it, args):
 
 
 def rounds(it, args):
-    """N, the sampling steps of the student's images in step it: uniform, the same on every rank."""
+    """N: in how many steps the student makes its images in step it. The same on every rank."""
     g = torch.Generator().manual_seed(it)
     return int(torch.randint(1, args.N_max + 1, (1,), generator=g))
 
@@ -90,13 +91,14 @@ def times(x0, mean, std, args):
 
 
 def sampling_times(K, args):
-    """The K times of the sampler: t_max, .., t_mid; geometric in sigma."""
+    """The K times at which the sampler calls f: from sigma_max down to t_mid, geometric in sigma."""
     hi, lo = math.log10(args.sigma_max), math.log10(args.sd * math.tan(args.t_mid))
     return torch.atan(torch.logspace(hi, lo, K, dtype=torch.float64) / args.sd)
 
 
 def rollout_times(N, x0, args):
-    """N times for each image, [N, B, 1, 1, 1], the first t_max, none above the one before it."""
+    """The times of a rollout, [N, B, 1, 1, 1]: that of sigma_max, then random ones, in descending
+    order for each image; with --rollout fixed those of the sampler."""
     fixed = sampling_times(N, args).to(x0).view(-1, 1, 1, 1, 1).expand(N, len(x0), 1, 1, 1)
     if args.rollout == "fixed":
         return fixed
@@ -106,20 +108,20 @@ def rollout_times(N, x0, args):
 
 # ==== 2. Loss =====================================================================================
 def f(x, t, F, args):
-    """The consistency function of the student, the denoiser of the other two. x, t: float64."""
+    """f(x, t) for the value F of a network there; of teacher and fake it is the denoiser."""
     return t.cos() * x - t.sin() * args.sd * F
 
 
 def guided(teacher, x, t, y, args):
-    """F of the teacher, with guidance."""
+    """F of the teacher, with classifier-free guidance."""
     F = teacher.F(x, t, y)
     return F + args.guidance * (F - teacher.F(x, t, None)) if args.guidance else F
 
 
 def rollout(net, z, y, args):
-    """Images x [B,C,H,W] made by the student in N steps, of noise z [N,B,C,H,W]."""
+    """Images x [B,C,H,W] that the student makes of noise z [N,B,C,H,W] in N steps."""
     ts = rollout_times(len(z), z[0], args)
-    x = z[0]                                              # t_max counts as pi/2
+    x = z[0]                                              # the first time is treated as pi/2
     with torch.no_grad():
         for t, r, z_r in zip(ts, ts[1:], z[1:]):
             x = r.cos() * f(x, t, net.F(x, t, y), args) + r.sin() * z_r
@@ -127,7 +129,7 @@ def rollout(net, z, y, args):
 
 
 def scm_loss(net, teacher, x0, z, y, it, args, reseed):
-    """|F - (F + g)|^2 [B], the part of consistency, at the times of P_mean and P_std."""
+    """The consistency part, |F - (F + g)|^2 [B]: scm.py in mode scd."""
     t = times(x0, args.P_mean, args.P_std, args)
     cos, sin = t.cos(), t.sin()
     x_t = cos * x0 + sin * z                              # data and noise have the same spread
@@ -152,8 +154,8 @@ def scm_loss(net, teacher, x0, z, y, it, args, reseed):
 
 
 def dmd_loss(net, fake, teacher, z_roll, z, y, args):
-    """|x - (x - q)|^2 [B] in units of sd, the part of scores: of images x that the student makes of
-    z_roll [N,B,C,H,W], with the noise z [B,C,H,W] at the times of D_mean and D_std."""
+    """The score part, |x - (x - q)|^2 [B] in units of sd, for images x that the student makes of
+    z_roll [N,B,C,H,W]; z [B,C,H,W] is the noise at which the scores are compared."""
     x = rollout(net, z_roll, y, args)
     t = times(x, args.D_mean, args.D_std, args)
     with torch.no_grad():
@@ -203,7 +205,7 @@ def sample(net, noise, y, args):
     """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
     x = torch.zeros_like(noise[0])
     for i, (t, z) in enumerate(zip(sampling_times(len(noise), args).to(noise), noise)):
-        x = t.cos() * x + t.sin() * args.sd * z if i else args.sd * z   # t_max counts as pi/2
+        x = t.cos() * x + t.sin() * args.sd * z if i else args.sd * z   # the first t: as pi/2
         x = net(x, t.expand(len(z), 1, 1, 1), y)
     return x.clamp(-1, 1)
 

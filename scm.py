@@ -2,8 +2,8 @@
 scm.py: Continuous-time consistency models, sCT and sCD.    Lu and Song 2024, arXiv:2410.11081.
 
 Idea    Let the two points of a pair (t, r) coincide. What is left of f_t - f_r is the derivative of
-        f along the path, one forward-mode derivative (JVP) a step, and no error of discretisation.
-        The path is that of the data (sCT) or that of a diffusion model, the teacher (sCD).
+        f along the path: one forward-mode derivative (JVP) a step, and no error of discretisation.
+        The path is that of the data (sCT), or that of a diffusion model, the teacher (sCD).
 
 One training step
     t       =  arctan(e^tau / sd),  tau ~ N(P_mean, P_std^2)                         [Algorithm 1]
@@ -88,10 +88,10 @@ def sample(net, noise, y, args):
     """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
     hi, lo = math.log10(args.sigma_max), math.log10(args.sd * math.tan(args.t_mid))
     ts = torch.logspace(hi, lo, len(noise), dtype=noise.dtype, device=noise.device)
-    ts = torch.atan(ts / args.sd)                         # K = 1: t_max;  K = 2: t_max, t_mid
+    ts = torch.atan(ts / args.sd)                         # K = 1: of sigma_max;  K = 2: and t_mid
     x = torch.zeros_like(noise[0])
     for i, (t, z) in enumerate(zip(ts, noise)):
-        x = t.cos() * x + t.sin() * args.sd * z if i else args.sd * z   # t_max counts as pi/2
+        x = t.cos() * x + t.sin() * args.sd * z if i else args.sd * z   # the first t: as pi/2
         x = net(x, t.expand(len(z), 1, 1, 1), y)
     return x.clamp(-1, 1)
 

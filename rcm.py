@@ -69,7 +69,7 @@ def power(sigma_rel):
 
 
 def average(it, args):
-    """EMA decay of step it: the average of `power` over the student's updates; 1 in fake's steps."""
+    """EMA decay of step it: the average of `power` over the student's updates; 1 for fake's."""
     if not is_students(it, args):
         return 1.0
     k = updates(it, args)
@@ -91,7 +91,7 @@ def times(x0, mean, std, args):
 
 
 def sampling_times(K, args):
-    """The K times at which the sampler calls f: from sigma_max down to t_mid, geometric in sigma."""
+    """The K times at which the sampler calls f: sigma_max down to t_mid, geometric in sigma."""
     hi, lo = math.log10(args.sigma_max), math.log10(args.sd * math.tan(args.t_mid))
     return torch.atan(torch.logspace(hi, lo, K, dtype=torch.float64) / args.sd)
 

@@ -366,6 +366,30 @@ def test_run_folder_is_complete(method, train):
     assert train(method, "--iters", "1")[1].name == stem[:-1] + "1"
 
 
+def test_config_keeps_the_flags_as_they_were_asked(train):
+    """Overwritten by what the teacher and the method decided: nobody could tell what was typed."""
+    _, teacher = train("common.teacher", *"--ch 32 --mult 1 --steps 1 --iters 1".split())
+    _, run = train("cd", "--teacher", str(teacher), "--boundaries", "2", "--steps", "3", "--iters", "1")
+    kept, asked = config(run), config(run)["about"]["asked"]
+    assert [kept[k] for k in ("ch", "N", "steps", "t_mid", "teacher")] == [32, 19, 2, None, str(teacher)]
+    assert [asked[k] for k in ("ch", "N", "steps", "t_mid")] == [16, 0, 3, 0.15]
+    train("cd", "--resume", str(run), "--iters", "2")
+    assert config(run)["about"]["asked"] == asked and config(run)["iters"] == 2
+
+
+def test_a_run_is_loaded_in_one_call(train, tmp_path):
+    """The network without its sampler, its flags or the module that knows both."""
+    from common.sample import load_run
+    _, run = train("scm", "--iters", "1", "--sd", "0.7", "--steps", "3")
+    for path in (run, run / "ckpt.pt"):
+        method, args, net = load_run(path)
+        assert method.__name__ == "scm" and (args.sd, args.steps, args.mode) == (0.7, 3, "sct")
+        x = method.sample(net, noise_of(range(5), args.steps, (1, 8, 8), "cpu"), None, args)
+        assert x.shape == (5, 1, 8, 8) and x.abs().max() <= 1 and not net.training
+    with pytest.raises(SystemExit):
+        load_run(tmp_path)
+
+
 def test_source_is_a_working_copy(train, tmp_path):
     """A file that the script needs is not copied; a copy that imports the checkout instead."""
     _, run = train("ect", "--iters", "1")

@@ -8,6 +8,12 @@ from common import jvp
 from common.unet import Linear
 
 
+def check_shape(x, t):
+    """ValueError unless t is [B, 1, 1, 1] for x [B,C,H,W]: t [B] would be broadcast along the width of the images."""
+    if t.shape != (len(x), 1, 1, 1):
+        raise ValueError(f"t has shape {list(t.shape)} for x {list(x.shape)}; make it [{len(x)}, 1, 1, 1]")
+
+
 class EDM(nn.Module):
     """f(x, t) = c_skip x + c_out F(c_in x, ln(t)/4, y)   (EDM, arXiv:2206.00364, eq. 7 and Table 1).
 
@@ -25,6 +31,7 @@ class EDM(nn.Module):
         return dict(flow="edm", net=self.model.kwargs["net"], kwargs=self.model.kwargs, sd=self.sd, t_min=self.t_min)
 
     def forward(self, x, t, y=None):
+        check_shape(x, t)
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t, sd = x.to(wide), t.to(wide), self.sd
         c_in = 1 / (t**2 + sd**2).sqrt()
@@ -58,6 +65,7 @@ class TrigFlow(nn.Module):
 
     def F(self, x, t, y=None):
         """The network itself: x [B,C,H,W], t [B,1,1,1], y [B] or None -> [B,C,H,W]."""
+        check_shape(x, t)
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t = x.to(wide), t.to(wide)
         c_noise = t if self.raw == "trig" else (self.sd * t.tan()).log() / 4

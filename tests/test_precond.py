@@ -295,3 +295,13 @@ def test_trigflow_models_are_sampled_in_edms_variables():
     noise = torch.randn(1, 8, 1, 2, 2, dtype=torch.float64)
     a, b = (teacher.sample(net, noise, None, teacher.Args()) for net in (Gauss(), GaussTrig(0.5)))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (1, 1, 1, 1), (1,), ()])
+def test_a_time_of_another_shape_is_an_error(shape):
+    """t [B] for B images of width B is broadcast along their width: each column gets the level of another image."""
+    model, x = UNet(size=4, channels=1, ch=8, mult=(1,), blocks=1, attn=()), torch.zeros(3, 1, 4, 4)
+    for call in (EDM(model), TrigFlow(model), TrigFlow(model).F):
+        assert call(x, torch.ones(3, 1, 1, 1), None).shape == x.shape
+        with pytest.raises(ValueError, match="3, 1, 1, 1"):
+            call(x, torch.ones(shape), None)

@@ -78,6 +78,7 @@ class TrigFlow(nn.Module):
         return self.head(torch.cat([a.cos(), a.sin()], 1)).sum(1)         # sum: FSDP2 minds a view of what it returns
 
     def forward(self, x, t, y=None):
+        check_shape(x, t)
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t = x.to(wide), t.to(wide)
         return t.cos() * x - t.sin() * self.sd * self.F(x, t, y)

@@ -18,17 +18,18 @@ def build(spec, dtype=torch.float32):
 
 
 def backbone(args, data, teacher=None, **more):
-    """The raw network F that the flags describe, `more` being keywords without a flag, or a copy of the teacher's, in
-    either case with the run's own dropout. --flow trig: as sCM made it, smooth in the noise level, whose derivative
-    enters the loss. Raises BadInput where the flags do not fit the images."""
+    """The raw network F that the flags describe, `more` being keywords of U-Nets without a flag, or a copy of the
+    teacher's, in either case with the run's own dropout. --flow trig: as sCM made it, smooth in the noise level, whose
+    derivative enters the loss. Raises BadInput where the flags do not fit the images."""
     _, channels, size, _ = data.images.shape
     if teacher is not None:
         kwargs = dict(teacher.model.kwargs, dropout=args.dropout)
     else:
-        if getattr(args, "flow", "edm") == "trig" and NETS[args.net] is UNet:
+        if getattr(args, "flow", "edm") == "trig":
             more |= dict(norm="double", fourier=0.02)
         kwargs = dict(size=size, channels=channels, ch=args.ch, mult=args.mult, blocks=args.blocks, attn=args.attn,
-                      classes=data.classes if args.cond else 0, dropout=args.dropout, net=args.net, **more)
+                      classes=data.classes if args.cond else 0, dropout=args.dropout, net=args.net)
+        kwargs |= more if NETS[args.net] is UNet else {}
     if args.cond and not data.classes:
         raise BadInput(f"--cond: {data.name} has no labels")
     try:

@@ -20,17 +20,18 @@ def build(spec, dtype=torch.float32):
 def backbone(args, data, teacher=None, **more):
     """The raw network F that the flags describe, or a copy of the teacher's; in either case with the run's own dropout.
 
-    `more` are keywords of the network that have no flag. With --flow trig a U-Net gets sCM's changes, which make it
+    `more` are keywords of a U-Net that have no flag. With --flow trig a U-Net gets sCM's changes, which make it
     smooth in the noise level: its derivative in that enters the loss. Raises BadInput where flags and images do not fit
     each other."""
     _, channels, size, _ = data.images.shape
     if teacher is not None:
         kwargs = dict(teacher.model.kwargs, dropout=args.dropout)
     else:
-        if getattr(args, "flow", "edm") == "trig" and NETS[args.net] is UNet:
+        if getattr(args, "flow", "edm") == "trig":
             more |= dict(norm="double", fourier=0.02)
         kwargs = dict(size=size, channels=channels, ch=args.ch, mult=args.mult, blocks=args.blocks, attn=args.attn,
-                      classes=data.classes if args.cond else 0, dropout=args.dropout, net=args.net, **more)
+                      classes=data.classes if args.cond else 0, dropout=args.dropout, net=args.net)
+        kwargs |= more if NETS[args.net] is UNet else {}
     if args.cond and not data.classes:
         raise BadInput(f"--cond: {data.name} has no labels")
     try:

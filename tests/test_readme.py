@@ -7,13 +7,13 @@ from conftest import METHODS, ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_line_counts_in_the_table():
-    for file, lines in re.findall(r"\| `([\w/]+\.py)` \| (\d+) \|", README):
-        assert len((ROOT / file).read_text().splitlines()) == int(lines), file
+def test_its_length():
+    """A README that nobody reads."""
+    assert len(README.split()) <= 1500
 
 
 def test_pictures_and_files_exist():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README) + re.findall(r"`((?:common|tests)/[\w/]+\.py)`", README):
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README) + re.findall(r"`((?:common|tests)/[\w/]+(?:\.py|\.md|/))`", README):
         assert (ROOT / path).exists(), path
 
 

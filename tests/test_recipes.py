@@ -78,7 +78,7 @@ def step(monkeypatch, tmp_path):
 
         with monkeypatch.context() as mp:
             mp.setattr(Run, "start", start)
-            mp.setattr(Run, "evaluate", lambda self, it, data, draw, **how: draw(torch.zeros(2, 1, 1, 8, 8), None))
+            mp.setattr(Run, "evaluate", lambda self, it, data, draw, steps, **how: draw(torch.zeros(2, 1, 1, 8, 8), None))
             mp.setattr(Run, "finish", lambda self, *a, **k: self.close())
             mp.setattr(Data, "batch", batch)
             mp.setattr(m, "sample", sample)

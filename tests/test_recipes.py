@@ -104,7 +104,7 @@ def near(x):
 
 
 def test_cd(step):
-    """Consistency models, Table 3, column CIFAR-10 CD; RAdam of Sec. 6.1 without decay or warm-up; flips as in App. C;
+    """Consistency models, Table 3, column CIFAR-10 CD; RAdam without decay or warm-up; random flips;
     the second level is that of the authors' CIFAR-10 notebook, 0,11,17 of 18."""
     m = holds("cd", **DDPMPP | dict(net="ncsnpp"), iters=800_000, batch=512, lr=4e-4, warmup=0, ema=0.9999, dropout=0.0,
               flip=True, solver="heun", mu=0.0, guidance=0.0, boundaries=1, t_min=0.002, t_max=80.0, rho=7.0, t_mid=0.585)
@@ -127,7 +127,7 @@ def test_ct(step):
 
 
 def test_ict(step):
-    """Improved techniques, Table 1 and App. A: RAdam 1e-4, 400k steps of 1024, EMA .99993, dropout .3, Fourier scale .02."""
+    """Improved techniques, Table 1: RAdam 1e-4, 400k steps of 1024, EMA .99993, dropout .3, Fourier scale .02."""
     holds("ict", **DDPMPP | dict(net="ncsnpp"), iters=400_000, batch=1024, lr=1e-4, warmup=0, ema=0.99993, dropout=0.3,
           flip=True, s0=10, s1=1280, c=0.00054, P_mean=-1.1, P_std=2.0, t_min=0.002, t_max=80.0, rho=7.0, teacher="none")
     for it in (0, 399_999):
@@ -180,7 +180,7 @@ def test_rcm(step):
 
 
 def test_rcm_times_of_the_scores():
-    """Fails while D_mean is 0. ln(sigma / sd) ~ N(0, 1.6^2) in the paper, so that the mean of ln(sigma) is ln 0.5 = -0.69 at sd 0.5."""
+    """ln(sigma / sd) ~ N(0, 1.6^2) in the paper, so that the mean of ln(sigma) is ln 0.5 = -0.69 at sd 0.5."""
     holds("rcm", D_mean=-0.69, D_std=1.6)
 
 
@@ -214,7 +214,7 @@ def test_warm_up_is_linear_and_counts_from_one(script, step):
 # ---- flips and labels ----------------------------------------------------------------------------
 @pytest.mark.parametrize("script", ALL)
 def test_flips(script, step):
-    """On for cifar10 in cd, ct and ict, whatever the preset (their App. C); off in the others and for digits: a mirrored
+    """On for cifar10 in cd, ct and ict, whatever the preset; off in the others and for digits: a mirrored
     7 is no digit. And what the flag says reaches the batch."""
     m = importlib.import_module(script)
     on = script in ("cd", "ct", "ict")

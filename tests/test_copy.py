@@ -64,7 +64,7 @@ def test_it_trains_and_samples(method, monkeypatch):
     if method in ("ect", "ct", "ict"):
         assert losses[-10:].mean() < 0.95 * losses[:5].mean(), losses
     if method != "rcm":                                   # four steps change little
-        assert off(space) < 0.9 * off(fresh)
+        assert off(space) < 0.75 * off(fresh)
     assert given == read, f"not read: {given - read}; not given: {read - given}"
 
 
@@ -72,7 +72,7 @@ def test_it_trains_and_samples(method, monkeypatch):
 def test_every_field_is_needed(method, monkeypatch):
     """A field in the script that could be left out."""
     tree = ast.parse(code(method, 4))
-    call = next(n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and n.targets[0].__dict__.get("id") == "args")
+    call = next(n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "args")
     for field in [k.arg for k in call.keywords]:
         with pytest.raises(AttributeError, match=f"'{field}'"):
             go(method, 4, field, monkeypatch)

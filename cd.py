@@ -80,7 +80,10 @@ def line(x, y, t, r, s):
 
 def loss_fn(net, target, teacher, x0, y, it, args, reseed, lpips=None):
     """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t [B,1,1,1], loss [B].
-    reseed() resets the random generator, so that both networks drop the same units."""
+    reseed() resets the random generator, so that both networks drop the same units.
+    Reads args.N, boundaries, t_min, t_max, rho, guidance, solver, distance. net and target (net or
+    its EMA), teacher (a denoiser): net(x, t, y) -> images [B,C,H,W] for levels t [B,1,1,1];
+    net(x, t_min, y) = x."""
     t, r, s = times(len(x0), it, args, x0.device)
     x_t = x0 + t * torch.randn_like(x0)
     with torch.no_grad():

@@ -70,7 +70,9 @@ def times(n, it, args, device):
 # ==== 2. Loss =====================================================================================
 def loss_fn(net, target, x0, y, it, args, reseed):
     """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t [B,1,1,1], loss [B].
-    reseed() resets the random generator, so that both networks drop the same units."""
+    reseed() resets the random generator, so that both networks drop the same units.
+    Reads args.s0, s1, iters, t_min, t_max, rho (mu() also mu0). net and target, its EMA by mu():
+    net(x, t, y) -> images [B,C,H,W] for levels t [B,1,1,1]; net(x, t_min, y) = x."""
     t, r = times(len(x0), it, args, x0.device)
     eps = torch.randn_like(x0)                            # one eps for both points: same path
 

@@ -54,7 +54,9 @@ def times(n, it, args, device):
 # ==== 2. Loss =====================================================================================
 def loss_fn(net, x0, y, it, args, reseed):
     """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t [B,1,1,1], loss [B].
-    reseed() resets the random generator, so that both calls of net drop the same units."""
+    reseed() resets the random generator, so that both calls of net drop the same units.
+    Reads args.P_mean, P_std, k, b, q, double, c. net(x, t, y) -> images [B,C,H,W] for levels
+    t [B,1,1,1]; it has to tend to x as t goes to 0."""
     t, gap = times(len(x0), it, args, x0.device)
     r = t - gap
     eps = torch.randn_like(x0)                            # one eps for both points: same path

@@ -63,7 +63,9 @@ def times(n, it, args, device):
 # ==== 2. Loss =====================================================================================
 def loss_fn(net, x0, y, it, args, reseed):
     """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t [B,1,1,1], loss [B].
-    reseed() resets the random generator, so that both calls of net drop the same units."""
+    reseed() resets the random generator, so that both calls of net drop the same units.
+    Reads args.s0, s1, iters, t_min, t_max, rho, P_mean, P_std, c. net(x, t, y) -> images [B,C,H,W]
+    for levels t [B,1,1,1]; net(x, t_min, y) = x."""
     t, r, gap = times(len(x0), it, args, x0.device)
     eps = torch.randn_like(x0)                            # one eps for both points: same path
 

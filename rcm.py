@@ -170,7 +170,9 @@ def dmd_loss(net, fake, teacher, z_roll, z, y, args):
 def loss_fn(net, fake, teacher, x0, y, it, args, reseed):
     """Of the student. x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t as
     noise level [B,1,1,1], loss [B]. Networks have F(x, t, y) -> [B,C,H,W]; around them all is
-    float64. reseed() resets the random generator: the calls in scm_loss drop the same units."""
+    float64. reseed() resets the random generator: the calls in scm_loss drop the same units.
+    Reads args.sd, H, lambda_dmd, loss_scale, P_mean, P_std, jvp, guidance, c, N_max, rollout,
+    D_mean, D_std, sigma_max, t_mid. F is as in common/precond.py, TrigFlow."""
     x0 = x0.to(torch.float32 if x0.is_mps else torch.float64)
     N = rounds(it, args) if args.lambda_dmd and it >= args.H else 0
     z_scm, z_dmd = args.sd * torch.randn_like(x0), args.sd * torch.randn_like(x0)

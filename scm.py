@@ -55,7 +55,9 @@ def times(n, it, args, device):
 def loss_fn(net, teacher, x0, y, it, args, reseed):
     """x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t [B,1,1,1], loss [B],
     t as noise level sigma. net and teacher have F(x, t, y) -> [B,C,H,W]; net also weigh(t) -> [B].
-    reseed() resets the random generator, so that all calls of net drop the same units."""
+    reseed() resets the random generator, so that all calls of net drop the same units.
+    Reads args.P_mean, P_std, sd, mode, jvp, H, norm, c. teacher is read in mode scd only; F is as
+    in common/precond.py, TrigFlow."""
     t = times(len(x0), it, args, x0.device)
     cos, sin = t.cos(), t.sin()
     z = args.sd * torch.randn_like(x0)                    # data and noise have the same spread

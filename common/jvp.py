@@ -42,8 +42,14 @@ def jvp(fn, primals, tangents, exact=True):
     tangents = [v.to(x.dtype) for x, v in zip(primals, tangents)]         # a mixture would pass without an error
     with exactly():
         if not exact:
-            h = torch.finfo(primals[0].dtype).eps ** (1 / 3)              # errors of truncation and rounding are equal
-            hi, lo = (fn(*(x + s * v for x, v in zip(primals, tangents))) for s in (h, -h))
+            def at(s):
+                return fn(*(x + s * v for x, v in zip(primals, tangents)))
+            h = torch.finfo(torch.float32).eps ** (1 / 3)                 # errors of truncation and rounding are equal
+            hi = at(h)
+            if hi.dtype == torch.float64:                                 # not so where only the inputs are float64
+                h = torch.finfo(hi.dtype).eps ** (1 / 3)
+                hi = at(h)
+            lo = at(-h)
             return (hi + lo) / 2, (hi - lo) / (2 * h)
         with forward_ad.dual_level():
             out = forward_ad.unpack_dual(fn(*map(forward_ad.make_dual, primals, tangents)))

@@ -1,11 +1,12 @@
 """
 cd.py: Consistency Distillation.    Song et al. 2023, arXiv:2303.01469.
 
-Idea    A diffusion model moves noise to data along the paths of an ODE, in many small steps. Learn
-        a function f that jumps from any point of a path to its end: let the teacher do one step
-        from x_t to x_r, and ask f for the same image from both. f(x, t_min) = x holds by the way f
-        is written, and spreads from level to level. With a perfect teacher and small steps the loss
-        does go to zero; Heun's second-order step makes 18 levels enough.
+Idea    A diffusion model moves noise to data along the paths of an ODE, in many small steps. Train
+        a function f that jumps from any point of a path to its end: the teacher takes one step from
+        x_t to x_r, and f learns to return the same image from both points. At the lowest level
+        f(x, t_min) = x by construction, and training carries this up from level to level. With a
+        perfect teacher and small steps the loss can reach zero, unlike that of CT (ct.py). Heun's
+        second-order step makes 18 levels enough.
 
 One training step                                                                    [Algorithm 2]
     n       ~  uniform on 1 .. N-1;  t = t_(n+1), r = t_n
@@ -73,7 +74,7 @@ def solve(teacher, x, t, r, y, args):
 
 
 def line(x, y, t, r, s):
-    """The straight line from x at noise level t to y at level r <= t, taken at level s."""
+    """The point at level s of the line through x at noise level t and y at level r <= t."""
     w = (t - s) / (t - r).clamp(min=1e-9)                 # clamp: 0, not 0 / 0, where all are equal
     return (1 - w) * x + w * y
 
@@ -96,8 +97,8 @@ def loss_fn(net, target, teacher, x0, y, it, args, reseed, lpips=None):
         x_s = line(x_r, target(x_r, r, y), r, args.t_min, s)  # one segment: s = t_min, so that ..
         f_r = line(x_t, x_s, t, s, args.t_min)            # .. f_r = x_s = target(x_r, r, y)
 
-    loss = ((f_t - f_r) ** 2).flatten(1).mean(1)          # [B]; a sum would be far too much for ..
-    if args.distance == "l1":                             # .. RAdam's first, not rectified steps
+    loss = ((f_t - f_r) ** 2).flatten(1).mean(1)          # [B]; a sum's gradient is too large ..
+    if args.distance == "l1":                             # .. for RAdam's first, unnormalised steps
         loss = (f_t - f_r).abs().flatten(1).mean(1)
     if args.distance == "huber":
         c = 0.00054 * math.sqrt(x0[0].numel())
@@ -131,14 +132,14 @@ class Args:
     dataset: str = "digits"           # digits, mnist, fashion_mnist, cifar10, a folder or a .npz
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
-    resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without a GPU
+    resume: str = ""                  # continue this run folder; a finished run is only evaluated
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without CUDA
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
-    size: int = 0                     # height and width of a folder's images; 0: 32 (>= 0)
+    size: int = 0                     # resize a folder's images to size x size; 0: 32 (>= 0)
     teacher: str = "auto"             # auto, train, none, a run folder, .pt, .pkl or address
-    teacher_iters: int = 0            # steps of a teacher trained here; 0: of its preset (>= 0)
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: its preset's (>= 0)
     iters: int = 800_000              # optimiser steps (>= 1)
     batch: int = 512                  # images per step, over all ranks (>= 1)
     accum: int = 1                    # parts a rank's batch is split into, to save memory (>= 1)
@@ -154,27 +155,27 @@ class Args:
     log_every: int = 100              # steps between log lines (>= 1)
     save_every: int = 5_000           # steps between checkpoints, grids and figures (>= 1)
     keep: bool = False                # keep every checkpoint, not only the last two
-    max_skips: int = 0                # steps that may be skipped as not finite (>= 0)
-    fid: int = 0                      # images for an FID at the end; published: 50000 (>= 0)
-    fid_every: int = 0                # also measure it every so many steps (>= 0)
+    max_skips: int = 0                # non-finite steps to skip before the run stops (>= 0)
+    fid: int = 0                      # images for an FID at the end; 0: none; papers: 50000 (>= 0)
+    fid_every: int = 0                # with --fid: steps between more FIDs; 0: none (>= 0)
     # --- the network (the same in every file)
     net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ncsnpp"  # network family
     ch: int = 128                     # base width of the network (>= 4)
-    mult: tuple = (2, 2, 2)           # width of each resolution over ch; not for dit (>= 1)
-    blocks: int = 4                   # residual blocks per resolution; of dit: all (>= 1)
+    mult: tuple = (2, 2, 2)           # width of each resolution, in units of ch; not for dit (>= 1)
+    blocks: int = 4                   # residual blocks per resolution; dit: in total (>= 1)
     attn: tuple = (16,)               # image sizes at which there is attention; not for dit
     dropout: float = 0.0              # dropout inside the network (>= 0, < 1)
     # --- the method (defaults: the paper's recipe for CIFAR-10, Table 3)
-    N: int = 0                        # noise levels; 0: 18, or as --boundaries allows (>= 0)
+    N: int = 0                        # noise levels; 0: 18, or more to fit --boundaries (>= 0)
     solver: Literal["heun", "euler"] = "heun"  # the teacher's step
-    distance: Literal["l2", "l1", "huber", "lpips"] = "l2"  # l2: squared; lpips: of that package
+    distance: Literal["l2", "l1", "huber", "lpips"] = "l2"  # l2: squared; lpips: needs lpips
     mu: float = 0.0                   # EMA decay of the target; 0: the network itself (>= 0, < 1)
     guidance: float = 0.0             # classifier-free: D + guidance * (D - D without label) (>= 0)
-    boundaries: int = 1               # K segments of the path: f jumps to its own's end (>= 1)
+    boundaries: int = 1               # segments of the path; f jumps to the end of its own (>= 1)
     t_mid: float = 0.585              # noise level of the second sampling step (> t_min, < t_max)
     t_max: float = 80.0               # highest noise level, and that of the first step
     t_min: float = 0.002              # lowest noise level: f(x, t_min) = x (> 0)
-    rho: float = 7.0                  # curvature of the grid: more low levels (> 0)
+    rho: float = 7.0                  # grid exponent; higher: more low noise levels (> 0)
     sd: float = 0.5                   # standard deviation of the data, sigma_data (> 0)
 
 
@@ -215,21 +216,21 @@ def segments(args):
 
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
 def main(args):
-    """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
+    """Train with `args`; return {"run": folder, "fd_pixels_2step": 0.38, ..}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
     check(args)                                           # *
     args = run.resolve(**segments(args))                  # *
     lpips = perceptual(run.device) if args.distance == "lpips" else None  # *
     data = load(args.dataset, args.data_dir, args.size, run.device)
     teacher, found, changes = teachers.get(args, data, run, needed=True)  # *
-    args = run.resolve(**changes)                         # the architecture is the teacher's
+    args = run.resolve(**changes)                         # with a teacher: its architecture
     run.seed(-1)                                          # negative: the same on every rank
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     net = EDM(backbone(args, data, teacher), args.sd, args.t_min, dtype)  # *
     ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
-    target = run.place(deepcopy(net).requires_grad_(False))  # slow copy, training mode  # *
+    target = run.place(deepcopy(net).requires_grad_(False))  # EMA target, with dropout  # *
     net = run.place(net)
-    if args.compile:                                      # both: other kernels, other masks  # *
+    if args.compile:                                      # all: dropout masks must be equal  # *
         net.compile()                                     # *
         target.compile()                                  # *
         teacher.compile()                                 # *
@@ -240,10 +241,10 @@ def main(args):
     def draw(noise, y):
         return sample(ema, noise, y, args)
 
-    def reseed():                                         # both calls of a step drop the same units
+    def reseed():                                         # one dropout mask for all calls of a step
         run.seed(it, part, stream=1)
 
-    it = run.start(state, data)                           # a new folder, or where it stopped
+    it = run.start(state, data)                           # 0, or the step from which to resume
     teachers.show(teacher, found, run, data)              # *
     while it < args.iters:
         for part in range(args.accum):
@@ -251,7 +252,7 @@ def main(args):
             x0, y = run.batch(data, it, part)
             loss, stats = loss_fn(net, target, teacher, x0, y, it, args, reseed, lpips)  # *
             (loss / args.accum).backward()
-            run.count(stats)                              # sums stay on the device
+            run.count(stats)                              # for the log; stays on the device
         lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))  # *
         for group in opt.param_groups:
             group["lr"] = lr
@@ -266,7 +267,7 @@ def main(args):
 
         it += 1
         run.log(it, lr=lr)
-        if run.due(it):                                   # each --save-every, at the end, a signal
+        if run.due(it):                                   # every --save-every, at end, on a signal
             run.save(it, state)
             run.evaluate(it, data, draw, steps)
     return run.finish(it, data, draw, steps)

@@ -2,11 +2,12 @@
 ct.py: Consistency Training.    Song et al. 2023, arXiv:2303.01469.
 
 Idea    Consistency distillation (cd.py) without the teacher: x_r is x0 with less of the same noise.
-        Why that works: given x_t, the mean of x0 + r*eps is exactly where one Euler step of the
-        probability-flow ODE from t to r lands, since E[x0 | x_t] is what a perfect teacher returns;
-        up to higher orders of t - r the gradient is that of CD. What remains is the scatter around
-        the mean: the loss does not go to zero, not even at the solution, and cannot be watched.
-        Few levels learn fast and are biased, many the reverse: so N grows, and with it mu.
+        Why this works: given x_t, the mean of x0 + r*eps is exactly where one Euler step of the
+        probability-flow ODE from t to r lands, since E[x0 | x_t] is what a perfect teacher returns.
+        So the gradient equals that of CD up to higher orders of t - r. The loss also contains the
+        scatter of x0 + r*eps around that mean: it stays above zero even at the solution, and its
+        value does not show progress. With few levels training is fast but biased, with many slow
+        but accurate: so the number of levels N grows, and with it the EMA decay mu of the target.
 
 One training step                                                                    [Algorithm 3]
     N       <- N(it)                                   # 2 .. s1 + 1 levels t_1 < .. < t_N
@@ -82,8 +83,8 @@ def loss_fn(net, target, x0, y, it, args, reseed):
     with torch.no_grad():                                 # the target is a constant
         f_r = target(x0 + r * eps, r, y)
 
-    loss = ((f_t - f_r) ** 2).flatten(1).mean(1)          # [B]; a sum would be far too much for ..
-    # .. RAdam's first five steps, which are not rectified: they follow the gradient itself
+    loss = ((f_t - f_r) ** 2).flatten(1).mean(1)          # [B]; a sum's gradient is too large ..
+    # .. for RAdam's first five steps, which follow the gradient itself, without normalising it
     return loss.mean(), dict(t=t, loss=loss.detach(), N=levels(it, args))
 
 
@@ -107,14 +108,14 @@ class Args:
     dataset: str = "digits"           # digits, mnist, fashion_mnist, cifar10, a folder or a .npz
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
-    resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without a GPU
+    resume: str = ""                  # continue this run folder; a finished run is only evaluated
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without CUDA
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
-    size: int = 0                     # height and width of a folder's images; 0: 32 (>= 0)
+    size: int = 0                     # resize a folder's images to size x size; 0: 32 (>= 0)
     teacher: str = "none"             # auto, train, none, a run folder, .pt, .pkl or address
-    teacher_iters: int = 0            # steps of a teacher trained here; 0: of its preset (>= 0)
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: its preset's (>= 0)
     iters: int = 800_000              # optimiser steps (>= 1)
     batch: int = 512                  # images per step, over all ranks (>= 1)
     accum: int = 1                    # parts a rank's batch is split into, to save memory (>= 1)
@@ -130,14 +131,14 @@ class Args:
     log_every: int = 100              # steps between log lines (>= 1)
     save_every: int = 5_000           # steps between checkpoints, grids and figures (>= 1)
     keep: bool = False                # keep every checkpoint, not only the last two
-    max_skips: int = 0                # steps that may be skipped as not finite (>= 0)
-    fid: int = 0                      # images for an FID at the end; published: 50000 (>= 0)
-    fid_every: int = 0                # also measure it every so many steps (>= 0)
+    max_skips: int = 0                # non-finite steps to skip before the run stops (>= 0)
+    fid: int = 0                      # images for an FID at the end; 0: none; papers: 50000 (>= 0)
+    fid_every: int = 0                # with --fid: steps between more FIDs; 0: none (>= 0)
     # --- the network (the same in every file)
     net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ncsnpp"  # network family
     ch: int = 128                     # base width of the network (>= 4)
-    mult: tuple = (2, 2, 2)           # width of each resolution over ch; not for dit (>= 1)
-    blocks: int = 4                   # residual blocks per resolution; of dit: all (>= 1)
+    mult: tuple = (2, 2, 2)           # width of each resolution, in units of ch; not for dit (>= 1)
+    blocks: int = 4                   # residual blocks per resolution; dit: in total (>= 1)
     attn: tuple = (16,)               # image sizes at which there is attention; not for dit
     dropout: float = 0.0              # dropout inside the network (>= 0, < 1)
     # --- the method (defaults: the paper's recipe for CIFAR-10, Table 3)
@@ -147,7 +148,7 @@ class Args:
     t_mid: float = 0.821              # noise level of the second sampling step (> t_min, < t_max)
     t_max: float = 80.0               # highest noise level, and that of the first step
     t_min: float = 0.002              # lowest noise level: f(x, t_min) = x (> 0)
-    rho: float = 7.0                  # curvature of the grid: more low levels (> 0)
+    rho: float = 7.0                  # grid exponent; higher: more low noise levels (> 0)
     sd: float = 0.5                   # standard deviation of the data, sigma_data (> 0)
 
 
@@ -170,31 +171,31 @@ PRESETS = {
 
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
 def main(args):
-    """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
+    """Train with `args`; return {"run": folder, "fd_pixels_2step": 0.38, ..}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
     data = load(args.dataset, args.data_dir, args.size, run.device)
     teacher, found, changes = teachers.get(args, data, run)  # *
-    args = run.resolve(**changes)                         # the architecture is the teacher's
+    args = run.resolve(**changes)                         # with a teacher: its architecture
     run.seed(-1)                                          # negative: the same on every rank
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     net = EDM(backbone(args, data, teacher), args.sd, args.t_min, dtype)  # *
     ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
-    target = run.place(deepcopy(net).requires_grad_(False))  # slow copy, training mode  # *
+    target = run.place(deepcopy(net).requires_grad_(False))  # EMA target, with dropout  # *
     net = run.place(net)
-    if args.compile:                                      # both: other kernels, other masks  # *
+    if args.compile:                                      # all: dropout masks must be equal  # *
         net.compile()                                     # *
         target.compile()                                  # *
     opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)  # *
     state = dict(net=net, ema=ema, target=target, opt=opt)  # *
-    steps = sorted({1, args.steps})                       # of the sampler, all to be evaluated  # *
+    steps = sorted({1, args.steps})                       # numbers of sampling steps to test  # *
 
     def draw(noise, y):
         return sample(ema, noise, y, args)
 
-    def reseed():                                         # both calls of a step drop the same units
+    def reseed():                                         # one dropout mask for all calls of a step
         run.seed(it, part, stream=1)
 
-    it = run.start(state, data)                           # a new folder, or where it stopped
+    it = run.start(state, data)                           # 0, or the step from which to resume
     teachers.show(teacher, found, run, data)              # *
     while it < args.iters:
         for part in range(args.accum):
@@ -202,7 +203,7 @@ def main(args):
             x0, y = run.batch(data, it, part)
             loss, stats = loss_fn(net, target, x0, y, it, args, reseed)  # *
             (loss / args.accum).backward()
-            run.count(stats)                              # sums stay on the device
+            run.count(stats)                              # for the log; stays on the device
         lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))  # *
         for group in opt.param_groups:
             group["lr"] = lr
@@ -217,7 +218,7 @@ def main(args):
 
         it += 1
         run.log(it, lr=lr)
-        if run.due(it):                                   # each --save-every, at the end, a signal
+        if run.due(it):                                   # every --save-every, at end, on a signal
             run.save(it, state)
             run.evaluate(it, data, draw, steps)
     return run.finish(it, data, draw, steps)

@@ -1,9 +1,10 @@
 """
 ect.py: Easy Consistency Tuning.    Geng et al. 2024, arXiv:2406.14548.
 
-Idea    A diffusion model is a consistency model for pairs (t, r = 0). Start from one and let r grow
-        towards t: each stage of the curriculum shrinks the gap t - r by a factor q. No grid of
-        noise levels, no teacher in the loss, no slow copy: the network is its own target.
+Idea    Diffusion training is consistency training in which the second noise level r is always 0. So
+        start from a diffusion model and let r grow towards t: each stage of the curriculum divides
+        the gap t - r by q. There is no grid of noise levels, no teacher in the loss and no EMA
+        target: the network is its own target.
 
 One training step
     t       ~  lognormal(P_mean, P_std)                # continuous noise level
@@ -15,10 +16,10 @@ One training step
     loss    =  d(f_t, f_r) / gap                       # d = sqrt(|f_t - f_r|^2 + c^2) - c
 
 Deviations from the paper
-    a counts from 1, as in the authors' code: a = 0 would be diffusion training, the teacher's part.
-    Stages change at exact steps; in the authors' code at the next tick, of 100 steps.
-    The same f(x, 0) = x holds in training and sampling. The authors' code moves the boundary to
-    0.003 when it samples, which changes the coefficients by less than 0.6 % at t = 0.821.
+    a counts from 1, as in the authors' code: a = 0 is diffusion training, done for the teacher.
+    Stages change at the exact step. In the authors' code they wait for a tick, every 100 steps.
+    f(x, 0) = x in training and in sampling. The authors' code samples with f(x, 0.003) = x instead,
+    which changes the coefficients by less than 0.6 % at t = 0.821.
     The decay of the EMA ramps up during the first steps; in the authors' code it is constant.
     A loss or gradient that is not finite stops the run; the authors' code replaces it by numbers.
     GPUs multiply in TF32, which the authors' code leaves off.
@@ -93,14 +94,14 @@ class Args:
     dataset: str = "digits"           # digits, mnist, fashion_mnist, cifar10, a folder or a .npz
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
-    resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without a GPU
+    resume: str = ""                  # continue this run folder; a finished run is only evaluated
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without CUDA
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
-    size: int = 0                     # height and width of a folder's images; 0: 32 (>= 0)
+    size: int = 0                     # resize a folder's images to size x size; 0: 32 (>= 0)
     teacher: str = "auto"             # auto, train, none, a run folder, .pt, .pkl or address
-    teacher_iters: int = 0            # steps of a teacher trained here; 0: of its preset (>= 0)
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: its preset's (>= 0)
     iters: int = 200_000              # optimiser steps (>= 1)
     batch: int = 128                  # images per step, over all ranks (>= 1)
     accum: int = 1                    # parts a rank's batch is split into, to save memory (>= 1)
@@ -116,14 +117,14 @@ class Args:
     log_every: int = 100              # steps between log lines (>= 1)
     save_every: int = 5_000           # steps between checkpoints, grids and figures (>= 1)
     keep: bool = False                # keep every checkpoint, not only the last two
-    max_skips: int = 0                # steps that may be skipped as not finite (>= 0)
-    fid: int = 0                      # images for an FID at the end; published: 50000 (>= 0)
-    fid_every: int = 0                # also measure it every so many steps (>= 0)
+    max_skips: int = 0                # non-finite steps to skip before the run stops (>= 0)
+    fid: int = 0                      # images for an FID at the end; 0: none; papers: 50000 (>= 0)
+    fid_every: int = 0                # with --fid: steps between more FIDs; 0: none (>= 0)
     # --- the network (the same in every file)
     net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
     ch: int = 128                     # base width of the network (>= 4)
-    mult: tuple = (2, 2, 2)           # width of each resolution over ch; not for dit (>= 1)
-    blocks: int = 4                   # residual blocks per resolution; of dit: all (>= 1)
+    mult: tuple = (2, 2, 2)           # width of each resolution, in units of ch; not for dit (>= 1)
+    blocks: int = 4                   # residual blocks per resolution; dit: in total (>= 1)
     attn: tuple = (16,)               # image sizes at which there is attention; not for dit
     dropout: float = 0.2              # dropout inside the network (>= 0, < 1)
     # --- the method (defaults: the authors' 200k-step recipe for CIFAR-10, run_ecm.sh)
@@ -163,29 +164,29 @@ PRESETS = {
 
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
 def main(args):
-    """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
+    """Train with `args`; return {"run": folder, "fd_pixels_2step": 0.38, ..}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
     data = load(args.dataset, args.data_dir, args.size, run.device)
     teacher, found, changes = teachers.get(args, data, run)  # *
-    args = run.resolve(**changes)                         # the architecture is the teacher's
+    args = run.resolve(**changes)                         # with a teacher: its architecture
     run.seed(-1)                                          # negative: the same on every rank
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     net = EDM(backbone(args, data, teacher), args.sd, dtype=dtype)  # *
     ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
     net = run.place(net)
-    if args.compile:                                      # in place, both calls use it  # *
+    if args.compile:                                      # in place: both calls are compiled  # *
         net.compile()                                     # *
     opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)  # *
     state = dict(net=net, ema=ema, opt=opt)               # *
-    steps = sorted({1, args.steps})                       # of the sampler, all to be evaluated  # *
+    steps = sorted({1, args.steps})                       # numbers of sampling steps to test  # *
 
     def draw(noise, y):
         return sample(ema, noise, y, args)
 
-    def reseed():                                         # both calls of a step drop the same units
+    def reseed():                                         # one dropout mask for all calls of a step
         run.seed(it, part, stream=1)
 
-    it = run.start(state, data)                           # a new folder, or where it stopped
+    it = run.start(state, data)                           # 0, or the step from which to resume
     teachers.show(teacher, found, run, data)              # *
     while it < args.iters:
         for part in range(args.accum):
@@ -193,7 +194,7 @@ def main(args):
             x0, y = run.batch(data, it, part)
             loss, stats = loss_fn(net, x0, y, it, args, reseed)  # *
             (loss / args.accum).backward()
-            run.count(stats)                              # sums stay on the device
+            run.count(stats)                              # for the log; stays on the device
         lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))  # *
         for group in opt.param_groups:
             group["lr"] = lr
@@ -206,7 +207,7 @@ def main(args):
 
         it += 1
         run.log(it, lr=lr)
-        if run.due(it):                                   # each --save-every, at the end, a signal
+        if run.due(it):                                   # every --save-every, at end, on a signal
             run.save(it, state)
             run.evaluate(it, data, draw, steps)
     return run.finish(it, data, draw, steps)

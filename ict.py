@@ -1,10 +1,11 @@
 """
 ict.py: Improved Consistency Training.    Song and Dhariwal 2023, arXiv:2310.14189.
 
-Idea    CT (ct.py), and for CT's reason it works, with every choice revised. No slow target: its lag
-        would swamp the ever smaller step between two levels. So there can be far more levels: N
-        doubles at fixed times, close pairs weigh more, most are drawn where images take shape, and
-        the distance grows like a norm, not its square: no outlier rules the gradient.
+Idea    CT (ct.py) with every choice revised; it works for the same reason. There is no EMA target:
+        its lag would swamp the ever smaller step between two levels. So there can be far more
+        levels, and their number doubles at fixed steps. Pairs with a small gap get a larger weight,
+        and most pairs are drawn at the noise levels where images take shape. The distance grows
+        like a norm, not like its square, so that outliers do not dominate the gradient.
 
 One training step
     N       <- N(it)                                   # 11, 21, 41 .. 1281 levels       [Sec. 3.4]
@@ -39,7 +40,7 @@ from common.run import Run
 
 # ==== 1. Schedules ================================================================================
 def levels(it, args):
-    """N(it), the number of noise levels: from s0 + 1, doubling at equal intervals, to s1 + 1."""
+    """N(it), the number of noise levels: s0 + 1 to s1 + 1; N - 1 doubles at equal intervals."""
     interval = max(1, math.floor(args.iters / (math.log2(args.s1 // args.s0) + 1)))
     return min(args.s0 * 2 ** (it // interval), args.s1) + 1
 
@@ -102,14 +103,14 @@ class Args:
     dataset: str = "digits"           # digits, mnist, fashion_mnist, cifar10, a folder or a .npz
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
-    resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without a GPU
+    resume: str = ""                  # continue this run folder; a finished run is only evaluated
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without CUDA
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
-    size: int = 0                     # height and width of a folder's images; 0: 32 (>= 0)
+    size: int = 0                     # resize a folder's images to size x size; 0: 32 (>= 0)
     teacher: str = "none"             # auto, train, none, a run folder, .pt, .pkl or address
-    teacher_iters: int = 0            # steps of a teacher trained here; 0: of its preset (>= 0)
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: its preset's (>= 0)
     iters: int = 400_000              # optimiser steps (>= 1)
     batch: int = 1_024                # images per step, over all ranks (>= 1)
     accum: int = 1                    # parts a rank's batch is split into, to save memory (>= 1)
@@ -125,14 +126,14 @@ class Args:
     log_every: int = 100              # steps between log lines (>= 1)
     save_every: int = 5_000           # steps between checkpoints, grids and figures (>= 1)
     keep: bool = False                # keep every checkpoint, not only the last two
-    max_skips: int = 0                # steps that may be skipped as not finite (>= 0)
-    fid: int = 0                      # images for an FID at the end; published: 50000 (>= 0)
-    fid_every: int = 0                # also measure it every so many steps (>= 0)
+    max_skips: int = 0                # non-finite steps to skip before the run stops (>= 0)
+    fid: int = 0                      # images for an FID at the end; 0: none; papers: 50000 (>= 0)
+    fid_every: int = 0                # with --fid: steps between more FIDs; 0: none (>= 0)
     # --- the network (the same in every file)
     net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ncsnpp"  # network family
     ch: int = 128                     # base width of the network (>= 4)
-    mult: tuple = (2, 2, 2)           # width of each resolution over ch; not for dit (>= 1)
-    blocks: int = 4                   # residual blocks per resolution; of dit: all (>= 1)
+    mult: tuple = (2, 2, 2)           # width of each resolution, in units of ch; not for dit (>= 1)
+    blocks: int = 4                   # residual blocks per resolution; dit: in total (>= 1)
     attn: tuple = (16,)               # image sizes at which there is attention; not for dit
     dropout: float = 0.3              # dropout inside the network (>= 0, < 1)
     # --- the method (defaults: the paper's recipe for CIFAR-10)
@@ -144,7 +145,7 @@ class Args:
     t_mid: float = 0.821              # noise level of the second sampling step (> t_min, < t_max)
     t_max: float = 80.0               # highest noise level, and that of the first step
     t_min: float = 0.002              # lowest noise level: f(x, t_min) = x (> 0)
-    rho: float = 7.0                  # curvature of the grid: more low levels (> 0)
+    rho: float = 7.0                  # grid exponent; higher: more low noise levels (> 0)
     sd: float = 0.5                   # standard deviation of the data, sigma_data (> 0)
 
 
@@ -165,29 +166,29 @@ PRESETS = {
 
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
 def main(args):
-    """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
+    """Train with `args`; return {"run": folder, "fd_pixels_2step": 0.38, ..}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
     data = load(args.dataset, args.data_dir, args.size, run.device)
     teacher, found, changes = teachers.get(args, data, run)  # *
-    args = run.resolve(**changes)                         # the architecture is the teacher's
+    args = run.resolve(**changes)                         # with a teacher: its architecture
     run.seed(-1)                                          # negative: the same on every rank
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     net = EDM(backbone(args, data, teacher, fourier=0.02), args.sd, args.t_min, dtype)  # *
     ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
     net = run.place(net)
-    if args.compile:                                      # in place, both calls use it  # *
+    if args.compile:                                      # in place: both calls are compiled  # *
         net.compile()                                     # *
     opt = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)  # *
     state = dict(net=net, ema=ema, opt=opt)               # *
-    steps = sorted({1, args.steps})                       # of the sampler, all to be evaluated  # *
+    steps = sorted({1, args.steps})                       # numbers of sampling steps to test  # *
 
     def draw(noise, y):
         return sample(ema, noise, y, args)
 
-    def reseed():                                         # both calls of a step drop the same units
+    def reseed():                                         # one dropout mask for all calls of a step
         run.seed(it, part, stream=1)
 
-    it = run.start(state, data)                           # a new folder, or where it stopped
+    it = run.start(state, data)                           # 0, or the step from which to resume
     teachers.show(teacher, found, run, data)              # *
     while it < args.iters:
         for part in range(args.accum):
@@ -195,7 +196,7 @@ def main(args):
             x0, y = run.batch(data, it, part)
             loss, stats = loss_fn(net, x0, y, it, args, reseed)  # *
             (loss / args.accum).backward()
-            run.count(stats)                              # sums stay on the device
+            run.count(stats)                              # for the log; stays on the device
         lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))  # *
         for group in opt.param_groups:
             group["lr"] = lr
@@ -208,7 +209,7 @@ def main(args):
 
         it += 1
         run.log(it, lr=lr)
-        if run.due(it):                                   # each --save-every, at the end, a signal
+        if run.due(it):                                   # every --save-every, at end, on a signal
             run.save(it, state)
             run.evaluate(it, data, draw, steps)
     return run.finish(it, data, draw, steps)

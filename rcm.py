@@ -146,11 +146,11 @@ def scm_loss(net, teacher, x0, z, y, it, args, reseed):
     ramp = min(1, it / args.H) if args.H else 1           # 0: the teacher's velocity; dF is whole
     g = -cos * (1 - (ramp * sin) ** 2).sqrt() * (F.detach() - F_T)
     g = g - ramp * cos * sin * x_t / args.sd - dF
-    norm = g.flatten(1).norm(dim=1)                       # [B]
-    g = g / (norm.view(-1, 1, 1, 1) + args.c)             # bounded, however steep f is
+    size = g.flatten(1).norm(dim=1)                       # |g|, [B]
+    g = g / (size.view(-1, 1, 1, 1) + args.c)             # bounded, however steep f is
 
     d = ((F - F.detach() - g) ** 2).flatten(1).sum(1)     # value |g|^2, gradient -2 g
-    return d, dict(t=args.sd * t.tan(), tangent=norm.mean(), ramp=ramp)
+    return d, dict(t=args.sd * t.tan(), tangent=size.mean(), ramp=ramp)
 
 
 def dmd_loss(net, fake, teacher, z_roll, z, y, args):
@@ -207,7 +207,7 @@ def sample(net, noise, y, args):
     """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
     x = torch.zeros_like(noise[0])
     for i, (t, z) in enumerate(zip(sampling_times(len(noise), args).to(noise), noise)):
-        x = t.cos() * x + t.sin() * args.sd * z if i else args.sd * z   # the first t: as pi/2
+        x = t.cos() * x + t.sin() * args.sd * z if i else args.sd * z   # the first t counts as pi/2
         x = net(x, t.expand(len(z), 1, 1, 1), y)
     return x.clamp(-1, 1)
 
@@ -220,14 +220,14 @@ class Args:
     dataset: str = "digits"           # digits, mnist, fashion_mnist, cifar10, a folder or a .npz
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
-    resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without a GPU
+    resume: str = ""                  # continue this run folder; a finished run is only evaluated
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without CUDA
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
-    size: int = 0                     # height and width of a folder's images; 0: 32 (>= 0)
+    size: int = 0                     # resize a folder's images to size x size; 0: 32 (>= 0)
     teacher: str = "auto"             # auto, train, none, a run folder, .pt, .pkl or address
-    teacher_iters: int = 0            # steps of a teacher trained here; 0: of its preset (>= 0)
+    teacher_iters: int = 0            # steps of a teacher trained here; 0: its preset's (>= 0)
     iters: int = 100_000              # optimiser steps (>= 1)
     batch: int = 512                  # images per step, over all ranks (>= 1)
     accum: int = 1                    # parts a rank's batch is split into, to save memory (>= 1)
@@ -243,22 +243,22 @@ class Args:
     log_every: int = 100              # steps between log lines (>= 1)
     save_every: int = 5_000           # steps between checkpoints, grids and figures (>= 1)
     keep: bool = False                # keep every checkpoint, not only the last two
-    max_skips: int = 0                # steps that may be skipped as not finite (>= 0)
-    fid: int = 0                      # images for an FID at the end; published: 50000 (>= 0)
-    fid_every: int = 0                # also measure it every so many steps (>= 0)
+    max_skips: int = 0                # non-finite steps to skip before the run stops (>= 0)
+    fid: int = 0                      # images for an FID at the end; 0: none; papers: 50000 (>= 0)
+    fid_every: int = 0                # with --fid: steps between more FIDs; 0: none (>= 0)
     # --- the network (the same in every file)
     net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
     ch: int = 128                     # base width of the network (>= 4)
-    mult: tuple = (2, 2, 2)           # width of each resolution over ch; not for dit (>= 1)
-    blocks: int = 4                   # residual blocks per resolution; of dit: all (>= 1)
+    mult: tuple = (2, 2, 2)           # width of each resolution, in units of ch; not for dit (>= 1)
+    blocks: int = 4                   # residual blocks per resolution; dit: in total (>= 1)
     attn: tuple = (16,)               # image sizes at which there is attention; not for dit
     dropout: float = 0.0              # dropout inside the network (>= 0, < 1)
     # --- the method (defaults: the paper's for text to image, App. E; p_G is sCM's for CIFAR-10)
-    flow: Literal["edm", "trig"] = "trig"  # of the teacher; trig: smooth in t, as in sCM
-    jvp: Literal["exact", "fd"] = "exact"  # fd: a difference, for networks without forward mode
+    flow: Literal["edm", "trig"] = "trig"  # parametrisation; trig: smooth in t, as in sCM
+    jvp: Literal["exact", "fd"] = "exact"  # fd: finite difference, if forward mode is missing
     guidance: float = 0.0             # classifier-free: F + guidance * (F - F without label) (>= 0)
-    c: float = 0.1                    # g / (|g| + c) (>= 0)
-    H: int = 0                        # steps in which ramp goes from 0 to 1, without DMD (>= 0)
+    c: float = 0.1                    # constant in g / (|g| + c) (> 0)
+    H: int = 0                        # steps over which ramp rises from 0 to 1, without DMD (>= 0)
     loss_scale: float = 100.0         # weight of sCM; 0: DMD alone (>= 0)
     lambda_dmd: float = 1.0           # weight of DMD; 0: sCM alone, no steps of fake (>= 0)
     student_every: int = 5            # one step in so many is the student's, the rest fake's (>= 2)
@@ -270,22 +270,21 @@ class Args:
     P_std: float = 1.4                # standard deviation of ln(sigma) in sCM (>= 0)
     D_mean: float = -0.69             # mean of ln(sigma) in DMD, for fake and random rollouts
     D_std: float = 1.6                # standard deviation of ln(sigma) there (>= 0)
-    t_mid: float = 1.1                # time of the second step; sigma .98 at sd .5 (> 0, < 1.5708)
-    sigma_max: float = 80.0           # noise level of the first, t = arctan(sigma_max / sd) (> 0)
+    t_mid: float = 1.1                # t of the second step: sigma .98 if sd = .5 (> 0, < 1.5708)
+    sigma_max: float = 80.0           # sigma of the first step, whose t = arctan(sigma / sd) (> 0)
     sd: float = 0.5                   # standard deviation of the data, sigma_data (> 0)
 
 
 PRESETS = {
     "paper": dict(cost="100,000 steps of 512 images, a fifth the student's: days on several GPUs"),
     "fast": dict(cost="20,000 steps of 256 images", flow="edm", iters=20_000, batch=256),
-    # ours. small: few steps, so most are the student's alone; digits: see tests/bench/README.md
+    # ours: few steps, so most are the student's; for digits see tests/bench/README.md
     "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=300, batch=64,
                   lr=1.5e-4, warmup=50, H=100, student_every=2, N_max=1, fake_lr=1.0, ch=32,
                   mult=(1, 1, 2), blocks=1, save_every=150),
-    "digits": dict(cost="about 10 minutes on two CPU cores, teacher included", iters=1_250, lr=3e-4,
+    "digits": dict(cost="10 minutes on two CPU cores, with teacher", iters=1_250, lr=3e-4, N_max=1,
                    save_every=250, batch=128, warmup=50, H=100, lambda_dmd=50.0, student_every=2,
-                   N_max=1, fake_lr=1.0, ch=32, mult=(1, 2), blocks=1, attn=(4,), sd=0.75,
-                   D_mean=-0.29),
+                   fake_lr=1.0, ch=32, mult=(1, 2), blocks=1, attn=(4,), sd=.75, D_mean=-.29),
     "mnist": dict(sd=0.55, D_mean=-0.6), "fashion_mnist": dict(sd=0.66, D_mean=-0.42),  # ln sd
 }
 
@@ -297,18 +296,19 @@ def check(args):
     if args.guidance and not args.cond:
         raise BadInput("--guidance needs a teacher that knows the classes; add --cond")
     if args.compile and args.dropout:
-        raise BadInput("--compile: compiled and differentiated networks drop different units; "
-                       "add --dropout 0")
+        raise BadInput("--compile needs --dropout 0: compiled and plain networks drop other units")
+    if args.sd * math.tan(args.t_mid) >= args.sigma_max:
+        raise BadInput("--t-mid must lie below the time of --sigma-max, arctan(sigma_max / sd)")
 
 
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
 def main(args):
-    """Train as `args` say; return the final figures, such as {"fd_pixels_2step": 0.38}."""
+    """Train with `args`; return {"run": folder, "fd_pixels_2step": 0.38, ..}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
     check(args)                                           # *
     data = load(args.dataset, args.data_dir, args.size, run.device)
     teacher, found, changes = teachers.get(args, data, run, needed=True)  # *
-    args = run.resolve(**changes)                         # the architecture is the teacher's
+    args = run.resolve(**changes)                         # with a teacher: its architecture
     run.seed(-1)                                          # negative: the same on every rank
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     net = TrigFlow(backbone(args, data, teacher), args.sd, args.flow, dtype)  # *
@@ -317,24 +317,24 @@ def main(args):
     ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
     fake = run.place(deepcopy(net).eval())                # score of the student's images  # *
     net = run.place(net)
-    if args.compile:                                      # jvp goes around it  # *
+    if args.compile:                                      # jvp uses the uncompiled code  # *
         net.model.compile()                               # *
         fake.model.compile()                              # *
     opt_net, opt_fake = (torch.optim.AdamW(m.parameters(), lr=args.lr, betas=(0.0, 0.999),  # *
                          weight_decay=0.01, foreach=True) for m in (net, fake))  # *
     state = dict(net=net, ema=ema, fake=fake, opt=opt_net, opt_fake=opt_fake)  # *
-    steps = sorted({1, args.steps})                       # of the sampler, all to be evaluated  # *
+    steps = sorted({1, args.steps})                       # numbers of sampling steps to test  # *
 
     def draw(noise, y):
         return sample(ema, noise, y, args)
 
-    def reseed():                                         # both calls of a step drop the same units
+    def reseed():                                         # one dropout mask for all calls of a step
         run.seed(it, part, stream=1)
 
-    it = run.start(state, data)                           # a new folder, or where it stopped
+    it = run.start(state, data)                           # 0, or the step from which to resume
     teachers.show(teacher, found, run, data)              # *
     say(f"  t_mid     {args.t_mid:g}: noise level {args.sd * math.tan(args.t_mid):.3g}")  # *
-    teacher = trig(teacher)                               # its F, whatever its own flow  # *
+    teacher = trig(teacher)                               # TrigFlow's F from either flow  # *
     while it < args.iters:
         students = is_students(it, args)                  # whose step it is  # *
         opt = opt_net if students else opt_fake           # *
@@ -346,7 +346,7 @@ def main(args):
             else:                                         # *
                 loss, stats = fake_loss_fn(net, fake, x0, y, it, args)  # *
             (loss / args.accum).backward()
-            run.count(stats)                              # sums stay on the device
+            run.count(stats)                              # for the log; stays on the device
         lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))  # *
         lr *= 1 if students else args.fake_lr             # *
         for group in opt.param_groups:
@@ -360,7 +360,7 @@ def main(args):
 
         it += 1
         run.log(it, lr=lr)
-        if run.due(it):                                   # each --save-every, at the end, a signal
+        if run.due(it):                                   # every --save-every, at end, on a signal
             run.save(it, state)
             run.evaluate(it, data, draw, steps)
     return run.finish(it, data, draw, steps)

@@ -1,13 +1,13 @@
 """DiT F(x, c_noise, label): the transformer of Peebles & Xie 2022, arXiv:2212.09748, on pixels, with adaLN-zero.
 
-    tokens  =  patches of the image, by one linear map, + a fixed table of their places
-    c       =  MLP(sines of the noise level) + label
-    block   :  h <- h + gate * attention(scale, shift)(norm(h)), then the same with an MLP; all six from c
-    F       =  linear(norm(h), scaled and shifted by c), back to pixels
+    tokens  =  linear(patches of the image) + fixed sinusoidal position embedding
+    c       =  SiLU(MLP(sines of the noise level) + embedding of the label)
+    block   :  h <- h + gate * attention(norm(h) * (1 + scale) + shift), then likewise with an MLP
+    F       =  linear(norm(h) * (1 + scale) + shift), back to pixels; each gate, scale and shift is linear in c
 
-Deviations from the paper: q and k are normalised per head, without which the derivative in the noise level is
-unstable; sines of frequencies up to 1, as in DDPM++, since c_noise is of order 1 and not 0..1000; no variance output;
-the MLP of c starts as every other layer does; there is dropout."""
+Deviations from the paper: q and k are normalised per head, as the derivative in the noise level is unstable otherwise;
+the frequencies of the sines are at most 1, as in DDPM++, since c_noise is of order 1 and not 0..1000; no variance
+output; the MLP of c is initialised like all other layers; there is dropout."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -1,7 +1,7 @@
-"""What a network is worth while it trains: grids of its images, and figures in eval.jsonl.
+"""Evaluation during training: grids of generated images in samples/, and metrics in eval.jsonl.
 
-`draw(noise, y)` is the sampler of a method or of the teacher, with the averaged weights: noise [K,b,C,H,W] -> images
-[b,C,H,W] in [-1, 1]. The functions that take a `run` are called by the methods of run.Run with the same names."""
+`draw(noise, y)` is the sampler of a method or of the teacher, with the EMA weights: noise [K,b,C,H,W] -> images
+[b,C,H,W] in [-1, 1]. `run` is a run.Run; its methods evaluate and finish call `evaluate` and `table`."""
 import math
 import shutil
 import time
@@ -45,11 +45,11 @@ def generate(run, data, n, k, draw, labels=None):
 
 
 def evaluate(run, it, data, draw, steps, net="ema"):
-    """Write a grid and measure fd_pixels, and --fid where it is due, once for each number of sampling steps in the list
-    `steps`. The noise is the same in every run and at every step, so that grids can be compared.
+    """For each number of sampling steps in the list `steps`: write a grid, measure fd_pixels and, where due, FID. The
+    noise is the same in every run and at every training step, so that grids can be compared.
 
-    With --cond, figures are of images whose labels are as frequent as in the data: equal shares would give a perfect
-    model of classes 9:1 a distance of 2.8. In a grid each column is a class."""
+    With --cond, metrics use labels as frequent as in the data: with equal shares, even a perfect model of two classes
+    at 9:1 would measure a distance of 2.8. In the grid each column is a class."""
     a = run.args
     n, many = min(len(data.images), FD_IMAGES), a.fid if run.fid_due(it) else 0
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def evaluate(run, it, data, draw, steps, net="ema"):
 
 
 def adopt(run, teacher):
-    """Show the last figures and grid of a teacher's run folder beside this run's own. False if they lack --fid."""
+    """Copy the last metrics and grid of a teacher's folder into this run. False if one that it needs is missing."""
     last = {s["metric"]: s for s in folder.figures(teacher) if s["net"] == "teacher"}
     for line in last.values():
         run.append("eval.jsonl", line | dict(it=0))

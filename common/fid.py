@@ -21,8 +21,8 @@ MODE = "legacy_tensorflow"        # the resize behind the published figures; cle
 
 def noise_of(ids, k, shape, device, seed=0):
     """Standard normal noise [k, len(ids), *shape] for k sampling steps: image i depends on (seed, i) alone, not on its
-    batch, its rank or the device, and its first slice not on k. Drawn in float32, which takes a third of the time;
-    returned as float64 where the device has it, in which the samplers then compute."""
+    batch, its rank or the device, and its first slice does not depend on k. It is drawn in float32, three times as fast
+    as float64, and returned in float64 where the device has it: the samplers compute in the precision of the noise."""
     noise = torch.empty(k, len(ids), *shape)
     for j, i in enumerate(ids):
         g = torch.Generator().manual_seed(mix(seed, int(i)))
@@ -33,7 +33,7 @@ def noise_of(ids, k, shape, device, seed=0):
 
 
 def quantise(x):
-    """Images in [-1, 1] -> uint8, truncated as in EDM's generate.py: figures are of the pixels that a file would hold."""
+    """Images in [-1, 1] -> uint8, truncated as in EDM's generate.py: metrics are of what a file would hold."""
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 

@@ -25,7 +25,7 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 # What --resume may change: how a run is watched, stored and sampled. All other flags define its result.
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips", "fid", "fid_every",
               "device", "data_dir", "out", "resume"}
-# A preset's cost holds for its own values of these.
+# The cost that a preset states holds only while these flags keep the preset's values.
 COSTLY = ("iters", "batch", "net", "ch", "mult", "blocks", "attn", "size", "teacher", "teacher_iters", "fid")
 COMPARE = {">=": (operator.ge, "at least"), ">": (operator.gt, "above"), "<=": (operator.le, "at most"),
            "<": (operator.lt, "below")}
@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, presets, argv=None):
     """The flags `argv` (default: the command line, in a notebook none) as an instance of the dataclass `cls`.
 
-    An explicit flag wins over the config of a resumed run, this over the preset, this over the default of `cls`.
+    Precedence: explicit flags, then the config of a resumed run, then the preset, then the defaults of `cls`.
     Prints which preset was taken and what it costs. Raises BadInput; -h prints the help and exits."""
     if argv is None:
         argv = [] if "ipykernel" in sys.modules else sys.argv[1:]         # a notebook's own flags are not ours

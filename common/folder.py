@@ -1,8 +1,8 @@
-"""The run folder: its number, config.json, checkpoints and figures.
+"""The run folder: its number, config.json, checkpoints and metrics.
 
-    runs/<method>-<dataset>-<nnn>/
+    runs/<method>[-<mode>]-<dataset>-<nnn>/
         config.json              every flag, as used; `about`: script, versions, data, and the flags as they were asked
-        log.jsonl  eval.jsonl    one object a line: the training, the figures
+        log.jsonl  eval.jsonl    one JSON object a line: the training log, the metrics of evaluations
         ckpt.pt  ckpt.prev.pt    the last two checkpoints; with --keep also ckpt-0005000.pt, ...
         samples/  source/        grids; the script and common/ as they were
 
@@ -33,7 +33,7 @@ def numbered(out, stem):
 
 
 def next_number(out, stem):
-    """The path of a new run folder, one number after the last: a deleted run's number may not come again."""
+    """The path of a new run folder: one above the highest number there, so gaps left by deleted runs are not filled."""
     taken = numbered(out, stem)
     number = int(taken[-1].name[len(stem) + 1:]) + 1 if taken else 0
     return Path(out) / f"{stem}-{number:03d}"

@@ -21,8 +21,8 @@ def backbone(args, data, teacher=None, **more):
     """The raw network F that the flags describe, or a copy of the teacher's; in either case with the run's own dropout.
 
     `more` are keywords of a U-Net that have no flag. With --flow trig a U-Net gets sCM's changes, which make it
-    smooth in the noise level: its derivative in that enters the loss. Raises BadInput where flags and images do not fit
-    each other."""
+    smooth in the noise level, because the loss contains the derivative with respect to it. Raises BadInput where flags
+    and images do not fit each other."""
     _, channels, size, _ = data.images.shape
     if teacher is not None:
         kwargs = dict(teacher.model.kwargs, dropout=args.dropout)

@@ -56,7 +56,7 @@ class Unpickler(pickle.Unpickler):
 
 def unpickle(f):
     """The next pickle in the stream f, as inert data. Raises ValueError, or whatever a damaged pickle leads to."""
-    start = f.tell()                                      # LONG_BINPUT, nine bytes, can make the memo fill the memory
+    start = f.tell()                                      # a LONG_BINPUT in a file of nine bytes could fill the memory
     if any(op.name == "LONG_BINPUT" and arg > 10**6 for op, arg, _ in pickletools.genops(f)):
         raise ValueError("it numbers more parts than a checkpoint has")
     f.seek(start)
@@ -88,7 +88,7 @@ def storage(data):
 def parameters(module, prefix, seen):
     """(name, Inert tensor) of an Inert module and all below it, in the order of torch's state_dict. `seen` are the ids
     of the modules met so far."""
-    if id(module) in seen:                                # 40 modules that hold the next one twice take 2**40 steps
+    if id(module) in seen:                                # 40 modules, each holding the next twice, take 2**40 steps
         raise ValueError("a module in it is part of itself or of two others")
     seen.add(id(module))
     state = module.args[0]["state"] if module.args else module.state      # EDM's own classes; torch's ModuleDict

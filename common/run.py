@@ -60,6 +60,8 @@ class Run:
             raise BadInput("--mult takes one number for each resolution, such as 1,2,2")
         if args.shard and self.world == 1:
             raise BadInput("--shard needs several ranks; start with torchrun")
+        if args.fid_every and not args.fid:
+            raise BadInput("--fid-every needs --fid, the number of images")
         if args.fid:
             fid.inception(args.data_dir, self.device)     # fetched now, and not after a day of training
 
@@ -91,8 +93,8 @@ class Run:
             mesh = init_device_mesh(self.device.type, (self.world,))
             for block in [m for m in net.modules() if type(m).__name__.endswith("Block")]:
                 fully_shard(block, mesh=mesh)
-            fully_shard(net, mesh=mesh, reshard_after_forward=True)       # ema has no backward pass that would
-            for name in {"F", "weigh"} & set(dir(net)):   # called beside forward, they need whole weights, too
+            fully_shard(net, mesh=mesh, reshard_after_forward=True)       # ema never runs backward, which would reshard
+            for name in {"F", "weigh"} & set(dir(net)):   # methods beside forward also need gathered weights
                 register_fsdp_forward_method(net, name)
         return net
 
@@ -141,9 +143,9 @@ class Run:
 
     def on_signal(self, signum, frame):
         self.signum = signum
-        for s in self.before if self.world == 1 else ():  # the second one leaves at once; torchrun sends two together,
-            signal.signal(s, signal.SIG_DFL)              # .. and kills what is left after half a minute
-        if self.evaluating:                               # all that was learned is saved by then
+        for s in self.before if self.world == 1 else ():  # a second signal ends the process at once; not under ..
+            signal.signal(s, signal.SIG_DFL)              # .. torchrun, which sends two, then kills after half a minute
+        if self.evaluating:                               # save() came before: nothing that was learned is lost
             self.close()
             raise SystemExit(128 + signum)
 

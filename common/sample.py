@@ -130,8 +130,8 @@ def settle(a, method, args):
     if own and method is teacher:
         raise BadInput("--ts, --find-ts and --edit are for consistency models; this is a diffusion model")
     if getattr(args, "t_mid", 0) is None and (own or a.t_mid or args.steps != stored.steps):
-        raise BadInput(f"this run is sampled in its {stored.steps} steps alone, from edge to edge of its segments; leave "
-                       "out --ts, --find-ts, --edit, --t-mid and --steps")
+        raise BadInput(f"this run is sampled in its {stored.steps} steps alone, from edge to edge of its segments; "
+                       "leave out --ts, --find-ts, --edit, --t-mid and --steps")
     if a.t_mid is not None:
         args = replace(args, t_mid=a.t_mid)
     check_bounds(args)

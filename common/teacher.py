@@ -6,7 +6,7 @@ One training step
     loss    =  |D(x0 + t*eps, t) - x0|^2 * (t^2 + sd^2) / (t*sd)^2     # sum over C, H, W
 
     or, with --flow trig (sCM, arXiv:2410.11081), z = sd*eps and a = arctan(t/sd):
-    loss    =  e^w |sd*F(cos(a)*x0 + sin(a)*z, a) - (cos(a)*z - sin(a)*x0)|^2 - w     # w(a) is learned
+    loss    =  e^w |sd*F(cos(a)*x0 + sin(a)*z, a) - (cos(a)*z - sin(a)*x0)|^2 - w   # mean; w(a) is learned
 
 Deviations from the paper
     There is no augmentation pipe: this is the paper's configuration E, whose FID on CIFAR-10 is 2.05, not 1.97.
@@ -42,7 +42,7 @@ def loss_fn(net, x0, y, args):
         cos, sin, z = a.cos(), a.sin(), args.sd * eps
         d = (args.sd * net.F(cos * x0 + sin * z, a, y) - (cos * z - sin * x0)) ** 2
         w = net.weigh(a)
-        loss = w.exp() * d.flatten(1).mean(1) - w         # mean: w starts near where it ends
+        loss = w.exp() * d.flatten(1).mean(1) - w         # mean: of order 1, so that w = 0 is a good start
         return loss.mean(), dict(t=t, loss=loss.detach())
     d = ((net(x0 + t * eps, t, y) - x0) ** 2).flatten(1).sum(1)
     loss = d * ((t**2 + args.sd**2) / (t * args.sd) ** 2).flatten()
@@ -52,7 +52,7 @@ def loss_fn(net, x0, y, args):
 # ==== 2. Sampling =================================================================================
 @torch.no_grad()
 def sample(net, noise, y, args):
-    """Heun's method on the probability-flow ODE (Algorithm 2 without churn), from noise [1, B, C, H, W]."""
+    """Heun's method on the probability-flow ODE (Algorithm 1, sigma(t) = t), from noise [1, B, C, H, W]."""
     i = torch.arange(args.steps, dtype=noise.dtype) / max(args.steps - 1, 1)
     hi, lo = args.t_max ** (1 / args.rho), args.t_min ** (1 / args.rho)
     ts = (hi + i * (lo - hi)) ** args.rho
@@ -77,17 +77,17 @@ class Args:
     dataset: str = "digits"           # digits, mnist, fashion_mnist, cifar10, a folder or a .npz
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/teacher-<dataset>-<nnn> is created here
-    resume: str = ""                  # go on with this run folder; a finished one is only sampled
-    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without a GPU
+    resume: str = ""                  # continue this run folder; a finished run is only evaluated
+    preset: Literal["auto", "small", "fast", "paper"] = "auto"  # auto: small without CUDA
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
-    size: int = 0                     # height and width of a folder's images; 0: 32 (>= 0)
+    size: int = 0                     # resize a folder's images to size x size; 0: 32 (>= 0)
     flow: Literal["edm", "trig"] = "edm"  # trig: TrigFlow, smooth in the noise level
     net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
     ch: int = 128                     # base width of the network (>= 4)
-    mult: tuple = (2, 2, 2)           # width of each resolution over ch; not for dit (>= 1)
-    blocks: int = 4                   # residual blocks per resolution; of dit: all (>= 1)
+    mult: tuple = (2, 2, 2)           # width of each resolution, in units of ch; not for dit (>= 1)
+    blocks: int = 4                   # residual blocks per resolution; dit: in total (>= 1)
     attn: tuple = (16,)               # image sizes at which there is attention; not for dit
     iters: int = 390_625              # optimiser steps: 200 Mimg (>= 1)
     batch: int = 512                  # images per step, over all ranks (>= 1)
@@ -105,9 +105,9 @@ class Args:
     log_every: int = 100              # steps between log lines (>= 1)
     save_every: int = 5_000           # steps between checkpoints, grids and figures (>= 1)
     keep: bool = False                # keep every checkpoint, not only the last two
-    max_skips: int = 0                # steps that may be skipped as not finite (>= 0)
-    fid: int = 0                      # images for an FID at the end; published: 50000 (>= 0)
-    fid_every: int = 0                # also measure it every so many steps (>= 0)
+    max_skips: int = 0                # non-finite steps to skip before the run stops (>= 0)
+    fid: int = 0                      # images for an FID at the end; 0: none; papers: 50000 (>= 0)
+    fid_every: int = 0                # with --fid: steps between more FIDs; 0: none (>= 0)
     ema_ramp: float = 0.05            # the half-life is at most this share of the images seen (> 0)
     label_dropout: float = 0.1        # share of labels dropped with --cond, for guidance (>= 0, <= 1)
     P_mean: float = -1.2              # mean of ln t
@@ -204,9 +204,9 @@ Found = namedtuple("Found", "folder diffuses")            # a run folder or None
 
 
 def get(args, data, run, needed=False):
-    """The network that --teacher names, trained first if need be; what was found, for `show`; and the changes to args
-    that follow: its place and its architecture. (None, None, {}) with `--teacher none`, and when a run is resumed,
-    unless it is `needed` for more than the start. Raises BadInput."""
+    """The network that --teacher names, trained first if missing; what `show` needs to know; changes to args: its path
+    and architecture. needed: the loss uses the teacher too, not only the start. Returns (None, None, {}) with
+    `--teacher none`, and for a resumed run that does not need it. Raises BadInput."""
     if args.teacher == "none" and needed:
         raise BadInput("--teacher none: there is nothing to distil; name a teacher, or leave the flag out")
     if args.teacher == "none" or args.resume and not needed:
@@ -224,7 +224,7 @@ def get(args, data, run, needed=False):
                        "name another --teacher or train one")
     found = Found(Path(path) if Path(path).is_dir() else None, is_diffusion(net, Path(path)))
     if needed and not found.diffuses:
-        raise BadInput(f"the teacher {path} is a consistency model, whose steps are no ODE; name a diffusion model")
+        raise BadInput(f"the teacher {path} is a consistency model, which has no ODE to follow; name a diffusion model")
     say(f"teacher: {path}{folder.described(path)}")
     changes = {k: its[k] for k in ("net", "ch", "mult", "blocks", "attn")}
     changes |= dict(teacher=str(Path(path).resolve()))    # a resumed run may start from another folder
@@ -259,8 +259,8 @@ def wish(args, run, quiet=True):
 
 
 def adopt(args, data, run):
-    """The newest teacher under --out that is what this command would train, or more; one that was stopped is trained
-    on. None if there is none: one that was finished with fewer steps is never written to again, nor used."""
+    """The newest teacher under --out that matches what this command would train, with at least as many steps, or None.
+    The training of one that was stopped is continued; one that was finished with fewer steps is left as it is."""
     want = wish(args, run)
     for path in reversed(folder.numbered(args.out, f"teacher-{data.name}")):
         if not ((path / "ckpt.pt").exists() or (path / "ckpt.prev.pt").exists()):

@@ -156,7 +156,7 @@ def test_ect(step):
 @pytest.mark.parametrize("mode, dropout", [("sct", 0.2), ("scd", 0.0)])
 def test_scm(mode, dropout, step):
     """sCM, App. G.2: RAdam (.9, .99) at 1e-4, EMA half-life 0.5 Mimg at batch 512, dropout .2 (sCT) or 0 (sCD)."""
-    m = holds("scm", **DDPMPP, iters=400_000, batch=512, lr=1e-4, warmup=0, decay=0, ema=0.99929, flip=False, c=0.1,
+    m = holds("scm", **DDPMPP, iters=400_000, batch=512, lr=1e-4, warmup=0, lr_decay=0, ema=0.99929, flip=False, c=0.1,
               H=10_000, P_mean=-1.0, P_std=1.4, t_mid=1.1, sigma_max=80.0, dropout=0.2, flow="trig", mode="sct")
     given = ["--dataset", "cifar10", "--device", "cpu", "--preset", "paper", "--mode", mode]
     assert parse(m.Args, m.PRESETS, given).dropout == dropout

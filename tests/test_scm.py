@@ -399,8 +399,8 @@ def test_every_network_trains_and_resumes(net, quick):
 def test_optimiser_and_learning_rate(train):
     """RAdam with the paper's betas; warm-up, then 1/sqrt(step) from --decay on, and constant without."""
     flags = "--iters", "4", "--lr", "1e-3", "--log-every", "1", "--save-every", "4"
-    for more, expect in ((("--decay", "2"), [1, 1, 1, (2 / 3) ** 0.5]), (("--decay", "0"), [1, 1, 1, 1]),
-                         (("--decay", "2", "--warmup", "2"), [0.5, 1, 1, (2 / 3) ** 0.5])):
+    for more, expect in ((("--lr-decay", "2"), [1, 1, 1, (2 / 3) ** 0.5]), (("--lr-decay", "0"), [1, 1, 1, 1]),
+                         (("--lr-decay", "2", "--warmup", "2"), [0.5, 1, 1, (2 / 3) ** 0.5])):
         _, run = train("scm", *flags, *more)
         assert [r["lr"] for r in lines(run / "log.jsonl")] == pytest.approx([1e-3 * e for e in expect], rel=1e-4)
     group = torch.load(run / "ckpt.pt")["opt"]["param_groups"][0]

@@ -423,9 +423,18 @@ def test_teacher_found_must_have_the_flow(tmp_path, train, monkeypatch, capsys):
     assert config(Path(config(run)["teacher"]))["flow"] == "trig"
 
 
+@pytest.mark.parametrize("H, it, ramp", [(0, 0, 1), (4, 0, 0), (4, 1, 0.25), (4, 9, 1)])
+def test_the_tangent_is_warmed_up_over_H_steps(H, it, ramp):
+    """A first step of diffusion training although H is 0, or a ramp that ends late or never."""
+    net = TrigFlow(UNet(size=8, channels=1, ch=16, mult=(1,), blocks=1, attn=()), SD)
+    _, stats = scm.loss_fn(net, None, torch.rand(4, 1, 8, 8), None, it, scm.Args(H=H, sd=SD), lambda: None)
+    assert stats["ramp"] == ramp
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--compile", "--dropout", "0.1"], "--dropout 0"), (["--mode", "scd", "--teacher", "none"], "nothing to distil"),
-    (["--t-mid", "1.6"], "--t-mid"), (["--sigma-max", "0"], "--sigma-max"),
+    (["--t-mid", "1.6"], "--t-mid"), (["--sigma-max", "0"], "--sigma-max"), (["--c", "0"], "--c must be above 0"),
+    (["--t-mid", "1.5", "--sigma-max", "5"], "below the time of --sigma-max"),
     (["--H", "-1"], "--H"), (["--mode", "ct"], "invalid choice"), (["--sd", "0.5"], "0.75")])
 def test_a_mistake_is_one_line(flags, words, train, edm, capsys, tmp_path):
     """No folder, no traceback, no teacher trained first."""

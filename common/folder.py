@@ -53,7 +53,7 @@ def write_config(folder, args, asked, file, data, **about):
     args: the flags as the run uses them; asked: as they were given, before the teacher and the method settled some."""
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
     about = dict(script=script(file), argv=sys.argv, commit=commit.stdout.strip(), torch=torch.__version__,
-                 data_sha256=data.sha256, **about)
+                 data_sha256=data.sha256, classes=data.names, **about)
     about["asked"] = config_of(folder)["about"].get("asked", {}) if args.resume else dataclasses.asdict(asked)
     text = json.dumps(dataclasses.asdict(args) | dict(resume="", about=about), indent=1)
     (folder / "config.tmp").write_text(text)

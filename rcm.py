@@ -217,7 +217,7 @@ def sample(net, noise, y, args):
 class Args:
     renamed = dict(F="student_every")  # neither field nor flag: names in config.json of older runs
     # --- the run (the same in every file)
-    dataset: str = "digits"           # digits, mnist, fashion_mnist, cifar10, a folder or a .npz
+    dataset: str = "digits"          # digits, mnist, fashion_mnist, cifar10, a folder, .zip or .npz
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/<method>-<dataset>-<nnn> is created here
     resume: str = ""                  # continue this run folder; a finished run is only evaluated
@@ -225,7 +225,7 @@ class Args:
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
-    size: int = 0                     # resize a folder's images to size x size; 0: 32 (>= 0)
+    size: int = 0                     # side of a folder's images; 0: 32, an EDM set's own (>= 0)
     teacher: str = "auto"             # auto, train, none, a run folder, .pt, .pkl or address
     teacher_iters: int = 0            # steps of a teacher trained here; 0: its preset's (>= 0)
     iters: int = 100_000              # optimiser steps (>= 1)

@@ -120,8 +120,11 @@ def wait(path, check, minutes=60):
 
 def brief(error):
     """One line of at most 300 characters; a file's own names may hold anything, even a terminal's commands."""
-    line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return "".join(c if c.isprintable() else "?" for c in line)
+    return printable(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
+def printable(text):
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 # ---- the kinds of source -------------------------------------------------------------------------

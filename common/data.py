@@ -1,7 +1,11 @@
 """A data set is one uint8 tensor on the device: no workers, no queue; a batch is an index."""
 import hashlib
+import json
+import math
+import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from glob import glob
 from pathlib import Path
@@ -11,9 +15,11 @@ import torch
 from PIL import Image, ImageOps
 
 from common import assets
-from common.flags import DATASETS, BadInput
+from common.flags import DATASETS, BadInput, meant, say
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+INDEX = "dataset.json"      # the labels of a data set in EDM's format, at its top
+LIMIT = 2**28               # bytes of a file in a .zip: a small archive may claim any size
 
 
 def mix(*ints):
@@ -28,6 +34,7 @@ class Data:
     images: torch.Tensor      # uint8 [N, C, H, W] on the device, channels_last
     labels: torch.Tensor      # int64 [N] on the device, zeros if there are none
     classes: int              # number of classes, 0 without labels
+    names: list = field(default_factory=list)   # of the classes: str
 
     def batch(self, it, n, seed=0, flip=False, part=0, parts=1):
         """Images [n/parts, C, H, W] in [-1, 1] and labels [n/parts]: slice `part` of step `it`.
@@ -62,9 +69,10 @@ def shuffled(size, seed, epoch, device):
 # ---- reading -------------------------------------------------------------------------------------
 def load(name, data_dir="data", size=0, device="cpu"):
     """The data set `name`: digits | mnist | fashion_mnist | cifar10, with -test: its test images |
-    a folder of images | an image | a .npz. Downloads stay in `data_dir`. `size` (pixels a side,
-    0 = 32) is for images and folders of them. Raises BadInput."""
-    path, base = Path(name).expanduser(), name.removesuffix("-test")
+    a folder or .zip of images, also in EDM's format | an image | a .npz. Downloads stay in
+    `data_dir`. `size`, pixels a side, is for images, folders and .zip files; 0 stands for 32, or
+    in EDM's format for the size of its images. Raises BadInput."""
+    path, base, names = Path(name).expanduser(), name.removesuffix("-test"), None
     if name == "digits":
         path = Path(__file__).with_name("digits.npz")
     if base in DATASETS and base != "digits":
@@ -72,21 +80,21 @@ def load(name, data_dir="data", size=0, device="cpu"):
         images, labels = assets.dataset(base, data_dir, "train" if name == base else "test")
         edge = (32 - images.shape[1]) // 2                            # black, for MNIST's 28 pixels
         images = np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
-    elif path.is_dir():
-        images, labels = from_folder(path, size or 32)
-        name = path.resolve().name
-    elif path.suffix.lower() in ENDINGS:
-        images, labels, name = pictures([path], size or 32), None, path.stem
+    elif path.is_dir() or path.is_file() and path.suffix.lower() in (".zip", *ENDINGS):
+        images, labels, names = from_files(path, size)
+        name = path.resolve().name if path.is_dir() else path.stem
     elif path.is_file() and path.suffix == ".npz":
         images, labels = from_npz(path)
         check_size(name, size, images.shape[1])
         name = path.stem
     else:
-        raise BadInput(f"{name}: no such folder of images or .npz; or take {', '.join(DATASETS)}")
+        what = f"is no{'' if path.exists() else ' such'} folder of images, .zip, .npz or picture"
+        raise BadInput(f"{name} {what}, nor one of {', '.join(DATASETS)}{meant(name, DATASETS)}")
     classes = 0 if labels is None else int(labels.max()) + 1
     labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels)
     images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # as a view: channels_last
-    return Data(name, images, labels.to(device, torch.int64), classes)
+    names = names or [str(i) for i in range(classes)]
+    return Data(name, images, labels.to(device, torch.int64), classes, names)
 
 
 def check_size(name, size, native):
@@ -113,50 +121,154 @@ def from_npz(file):
     return images, labels
 
 
-def from_folder(folder, size):
-    """Images as from `pictures`, of all files below, hidden ones apart; labels [N] or None: the
-    folders of the first level, sorted, are the classes. Raises BadInput."""
-    found = glob("**/*", root_dir=folder, recursive=True)             # rglob skips links
-    files = sorted(f for f in found if f.lower().endswith(ENDINGS))
+# ---- folders, .zip files, pictures ---------------------------------------------------------------
+def from_files(path, size):
+    """Images uint8 [N, size, size, C] of a folder, a .zip or one picture, labels [N] or None, and
+    the names of the classes. Says what was read, skipped and resized. Raises BadInput."""
+    found, opened = contents(path)
+    files, edm = [f for f in found if f.lower().endswith(ENDINGS)], INDEX in found
+    skipped = [f for f in found if not f.lower().endswith(ENDINGS) and f != INDEX]
     if not files:
-        raise BadInput(f"{folder}: no images there ({' '.join(ENDINGS)})")
-    tops = [Path(f).parts[0] if Path(f).name != f else "" for f in files]
+        raise BadInput(f"{path}: no images there ({' '.join(ENDINGS)}), but {endings(skipped)}")
+    labels, names = edm_labels(path, files, opened) if edm else class_folders(path, files)
+    size = size or edm and side(opened, files[0]) or 32
+    images, sizes = pictures(path, files, opened, size)
+    report(path, skipped, names, sizes, size)
+    return images, labels, names
+
+
+def contents(path):
+    """The files of a folder, a .zip or, if it is a picture, that one: their names, sorted, without
+    hidden ones, and a function that opens a name for reading. Raises BadInput."""
+    if path.suffix.lower() != ".zip" or path.is_dir():
+        top = path if path.is_dir() else path.parent
+        found = glob("**/*", root_dir=path, recursive=True) if path.is_dir() else [path.name]
+        found = [Path(f).as_posix() for f in found if not (top / f).is_dir()]   # rglob skips links
+
+        def opened(f):
+            return open(top / f, "rb")
+        return sorted(found), opened
+    try:
+        pack = zipfile.ZipFile(path)
+    except Exception as error:                                        # zipfile's, struct's, codecs'
+        raise BadInput(f"{path} cannot be read as a .zip: {assets.brief(error)}")
+    found = {i.filename: i.file_size for i in pack.infolist() if not i.is_dir()
+             and not any(part.startswith(".") for part in i.filename.split("/"))}
+    for f, length in found.items():                                   # a line of INDEX is short
+        limit = min(LIMIT, 2**20 + 1000 * len(found)) if f == INDEX else LIMIT
+        if length > limit and f.lower().endswith((*ENDINGS, INDEX)):
+            raise BadInput(f"{path}: {f!r} claims {length / 2**20:,.0f} MiB, more than the "
+                           f"{limit >> 20} that it may have; remove it")
+    return sorted(found), pack.open
+
+
+def class_folders(path, files):
+    """Labels [N] and names: the folders of the first level, sorted, are the classes; (None, []) if
+    there are none. Raises BadInput."""
+    tops = [f.split("/")[0] if "/" in f else "" for f in files]
     names, labels = np.unique(tops, return_inverse=True)
     if "" in names and len(names) > 1:
-        raise BadInput(f"{folder}: {files[tops.index('')]} lies beside folders; sort all images "
+        raise BadInput(f"{path}: {files[tops.index('')]} lies beside folders; sort all images "
                        "into folders, which are the classes, or none")
-    return pictures([folder / f for f in files], size), None if "" in names else labels
+    return (None, []) if "" in names else (labels, names.tolist())
 
 
-def pictures(files, size):
-    """uint8 [N,size,size,C] of image files, C = 1 if all are grey. BadInput names broken ones."""
+def edm_labels(path, files, opened):
+    """Labels [N] and the numbers as names, from dataset.json: {"labels": [["00000/a.png", 6], ..]};
+    (None, []) if it holds null. Raises BadInput."""
+    try:
+        with opened(INDEX) as file:
+            listed = dict(json.load(file)["labels"] or [])
+        if not all(type(v) is int and 0 <= v < 10**6 for v in listed.values()):
+            raise ValueError("a label is no integer from 0")
+    except Exception as error:                                        # json's, zipfile's, ours
+        raise BadInput(f"{path}: {INDEX} is not in EDM's format ({assets.brief(error)}); expected "
+                       '{"labels": [["00000/a.png", 6], ..]} or null; or rename it')
+    wrong = sorted(listed.keys() ^ set(files)) if listed else []
+    if wrong:
+        what = "has a label but is no image there" if wrong[0] in listed else "has no label"
+        raise BadInput(f"{path}: by {INDEX}, {wrong[0]!r} {what} ({len(wrong):,} such files); "
+                       "each image needs a label, and each label an image")
+    labels = np.array([listed[f] for f in files]) if listed else None
+    return labels, [str(i) for i in range(labels.max() + 1)] if listed else []
+
+
+def side(opened, name):
+    """Pixels a side of a square image; 0 of another, and of a broken one: `pictures` names it."""
+    try:
+        with opened(name) as file, Image.open(file) as im:
+            return im.width if im.width == im.height else 0
+    except Exception:                                                 # any decoder's
+        return 0
+
+
+def pictures(path, files, opened, size):
+    """uint8 [N,size,size,C] of image files, C = 1 if all are grey, and the (width, height) that
+    each had. BadInput names broken ones."""
     images, bad = np.empty((len(files), size, size, 3), np.uint8), []
 
     def read(i):
         try:
-            images[i], grey = decode(files[i], size)
-            return grey
+            with opened(files[i]) as file:
+                images[i], *seen = decode(file, size)
+            return seen
         except Exception as error:                                    # any decoder's
             bad.append(f"{files[i]} ({type(error).__name__})")
 
     with ThreadPoolExecutor() as pool:                                # Pillow releases the GIL
-        grey = list(pool.map(read, range(len(files))))
+        seen = list(pool.map(read, range(len(files))))
     if bad:
-        raise BadInput(f"{len(bad)} of {len(files)} images cannot be read; remove or replace "
-                       + ", ".join(sorted(bad)[:3]))
-    return images[..., :1].copy() if all(grey) else images
+        raise BadInput(f"{path}: {len(bad):,} of {len(files):,} images cannot be read; remove or "
+                       f"replace {assets.printable(', '.join(sorted(bad)[:3]))}")
+    grey, sizes = zip(*seen)
+    return images[..., :1].copy() if all(grey) else images, sizes
 
 
 def decode(file, size):
-    """The centre square of an image file, uint8 [size, size, 3], and whether it is grey."""
+    """The centre square of an image file, uint8 [size, size, 3], whether it is grey, and its own
+    (width, height)."""
     with Image.open(file) as im:
         im = ImageOps.exif_transpose(im)                              # phones store turned pixels
     if im.mode.startswith("I"):                                       # 16 bits: convert() clips
         im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
-    grey = im.mode in ("1", "L", "LA")
+    grey, own = im.mode in ("1", "L", "LA"), im.size
     if im.has_transparency_data:
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
-    side = min(im.size)
-    left, top = (im.width - side) // 2, (im.height - side) // 2
-    im = im.convert("RGB").crop((left, top, left + side, top + side))
-    return np.asarray(im.resize((size, size), Image.LANCZOS)), grey
+    edge = min(own)
+    left, top = (im.width - edge) // 2, (im.height - edge) // 2
+    im = im.convert("RGB").crop((left, top, left + edge, top + edge))
+    return np.asarray(im.resize((size, size), Image.LANCZOS)), grey, own
+
+
+# ---- what was read -------------------------------------------------------------------------------
+def report(path, skipped, names, sizes, size):
+    """Say how many images were read, which files were not, which class has which label, and what
+    became of the images' (width, height); of a single picture only the last, if it changed."""
+    counts = dict(shrunk=sum(min(s) > size for s in sizes),
+                  enlarged=sum(min(s) < size for s in sizes),
+                  cropped=sum(w != h for w, h in sizes))
+    done = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
+    ends = min(sizes, key=math.prod), max(sizes, key=math.prod)
+    own = " .. ".join(dict.fromkeys(f"{w}x{h}" for w, h in ends))     # one if they are the same
+    change = f"{own} -> {size}x{size}: {done or 'as stored'}"
+    if path.is_file() and path.suffix.lower() in ENDINGS:
+        return say_once(f"{path.name}: {change}") if done else None
+    shown = [f"{i} {name}" for i, name in enumerate(names)]
+    if len(shown) > 6:
+        shown[5:-1] = [".."]
+    say_once(f"{path.resolve().name}: {len(sizes):,} images read"
+             + (f", {len(skipped):,} skipped ({endings(skipped)})" if skipped else "")
+             + (f"\n  labels    {assets.printable(', '.join(shown))}" if names else "")
+             + f"\n  size      {change}")
+
+
+def endings(files):
+    """'.gif 2, .txt 1': how many files have which ending, of the first five."""
+    count = Counter(Path(f).suffix.lower() or "no ending" for f in files).most_common(5)
+    return assets.printable(", ".join(f"{end} {n:,}" for end, n in count)) or "no other files"
+
+
+@lru_cache(maxsize=None)
+def say_once(text):
+    """A run and the teacher that it trains load the same data."""
+    say(text)

@@ -137,7 +137,7 @@ def resize(x, size=299):
 def main(argv=None):
     """python -m common.fid IMAGES REFERENCE"""
     ap = Parser(prog="python -m common.fid", allow_abbrev=False, description="FID of one set of images against "
-                "another; each is a data set, such as cifar10 or cifar10-test, a folder of images or a .npz.")
+                "another; each is a data set, such as cifar10 or cifar10-test, a folder or .zip of images, a .npz.")
     ap.add_argument("images")
     ap.add_argument("reference", help="its statistics are kept in --data-dir")
     ap.add_argument("--mode", choices=[MODE, "clean"], default=MODE, help="how images are resized [%(default)s]")

@@ -53,7 +53,7 @@ def write_config(folder, args, asked, file, data, **about):
     args: the flags as the run uses them; asked: as they were given, before the teacher and the method settled some."""
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
     about = dict(script=script(file), argv=sys.argv, commit=commit.stdout.strip(), torch=torch.__version__,
-                 data_sha256=data.sha256, **about)
+                 data_sha256=data.sha256, classes=data.names, **about)
     about["asked"] = config_of(folder)["about"].get("asked", {}) if args.resume else dataclasses.asdict(asked)
     text = json.dumps(dataclasses.asdict(args) | dict(resume="", about=about), indent=1)
     (folder / "config.tmp").write_text(text)
@@ -103,17 +103,22 @@ def save(folder, ckpt, keep):
 
 def load(path):
     """The newest readable checkpoint of a run folder, or a checkpoint file, on the CPU; BadInput if there is none."""
-    path = Path(path)
+    path, why = Path(path), "there is none"
     files = [path / "ckpt.pt", path / "ckpt.prev.pt"] if path.is_dir() else [path]
     for f in files:
         try:
-            return torch.load(f, map_location="cpu", weights_only=True)
+            ckpt = torch.load(f, map_location="cpu", weights_only=True)
+            if isinstance(ckpt, dict) and "model" in ckpt:
+                return ckpt
+            why = "the file is not one of these scripts'"
         except FileNotFoundError:
             continue
         except Exception as e:                            # torch raises many kinds for a damaged file
-            before = "; trying the checkpoint before it" if f != files[-1] else ""
-            say(f"{f} cannot be read ({type(e).__name__}){before}")
-    raise BadInput(f"no readable checkpoint in {path}; name a run folder or a ckpt.pt")
+            why = type(e).__name__
+        if f != files[-1] and files[-1].exists():
+            say(f"{f} cannot be read ({why}); trying the checkpoint before it")
+    raise BadInput(f"no readable checkpoint in {path} ({why}); name a run folder or a checkpoint in one; "
+                   "a teacher may also be one of EDM's .pkl files, or the address of one")
 
 
 def full(tree):

@@ -5,6 +5,8 @@ Images from any run: a run folder, or one of its checkpoints. --out ends in .png
 --edit changes images without training; a .png then has three rows: the images, what the network gets to see of them
 (noisy, grey, coarse or with a hole), the result."""
 import importlib
+import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,8 +167,8 @@ def main(argv=None):
         labels = labels[torch.arange(n) // (cols if a.edit == "interpolate" else 1) % len(labels)]
     k = len(ts) if ts else 1 if method is teacher else args.steps  # the diffusion sampler draws noise once
 
-    def noise(i, k):
-        return noise_of(i, k, (channels, size, size), device, a.seed)
+    def noise(i, k, more=0):
+        return noise_of(i, k, (channels, size, size), device, a.seed + more)
 
     def sample(z, y):
         return quantise(edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args))
@@ -195,7 +197,7 @@ def main(argv=None):
         def score(images):
             return fid.fid(data, images, args.data_dir) if a.fid else fd_pixels(real, images)
         name = f"FID ({fid.MODE})" if a.fid else "FD (pixels)"
-        return find(name, score, a.run, net, t_max, draw, noise)
+        return find(name, score, a.run, net, t_max, draw, noise, getattr(args, "t_mid", None))
     if a.edit in EDITS:
         seen, images = draw(edited).unbind(1)
         sheet = torch.cat([real[:n], seen, images])
@@ -207,21 +209,38 @@ def main(argv=None):
     return images, labels
 
 
-def find(name, score, path, net, t_max, draw, noise):
-    """Search the second noise level of two for the lowest score(images), with the same noise at every level."""
-    first = draw(lambda i, y: edit.multistep(net, noise(i, 1), y, [t_max]))      # the same for all
-    one = score(quantise(first))
-    print(f"{name} of {len(first):,} images, 2 steps, by the second noise level; 1 step: {one:.4f}")
+def find(name, score, path, net, t_max, draw, noise, t_mid):
+    """Search the second noise level of two for the lowest score(images), with the same noise at every level. Print
+    whether it is better than the run's own t_mid by more than the noise alone changes it: two standard deviations of
+    the scores of four seeds."""
+    tried = {}
+
+    def start(more):
+        """The images after the first step, with other noise for each `more`."""
+        return draw(lambda i, y: edit.multistep(net, noise(i, 1, more), y, [t_max]))
+
+    def end(first, t, more):
+        def second(i, y):
+            z = noise(i, 2, more)[1:]
+            return quantise(edit.multistep(net, z, y, [t], first[i].to(z)))
+        return score(draw(second))
 
     def at(t):
-        def second(i, y):
-            z = noise(i, 2)[1:]
-            return quantise(edit.multistep(net, z, y, [t], first[i].to(z)))
-        value = score(draw(second))
-        print(f"  {t:<10g}{value:8.4f}", flush=True)
-        return value
+        tried[t] = end(first, t, 0)
+        print(f"  {t:<10g}{tried[t]:8.4f}", flush=True)
+        return tried[t]
 
+    first = start(0)
+    print(f"{name} of {len(first):,} images, 2 steps, by the second noise level; 1 step: {score(quantise(first)):.4f}")
     best = edit.search(at, max(net.t_min, t_max / 8000), t_max)
+    lowest = tried.get(best) or end(first, best, 0)
+    spread = 2 * statistics.stdev([lowest, *(end(start(more), best, more) for more in (1, 2, 3))])
+    print(f"spread between seeds +-{spread:.4f}")
+    if t_mid is not None:
+        own = net.sd * math.tan(t_mid) if hasattr(net, "denoise") else t_mid      # TrigFlow's t_mid is a time
+        gain = end(first, own, 0) - lowest
+        print(f"the run's own level, {own:.4g}, has {lowest + gain:.4f}: "
+              + ("the difference lies within the spread" if gain <= spread else f"{best:g} is better"))
     print(f"best: python -m common.sample {path} --ts {t_max:.12g},{best:g}")
     return best
 

@@ -74,7 +74,7 @@ def sample(net, noise, y, args):
 @dataclass
 class Args:
     # --- the run
-    dataset: str = "digits"           # digits, mnist, fashion_mnist, cifar10, a folder or a .npz
+    dataset: str = "digits"          # digits, mnist, fashion_mnist, cifar10, a folder, .zip or .npz
     data_dir: str = "data"            # where downloads are kept
     out: str = "runs"                 # runs/teacher-<dataset>-<nnn> is created here
     resume: str = ""                  # continue this run folder; a finished run is only evaluated
@@ -82,7 +82,7 @@ class Args:
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one
     seed: int = 0                     # everything random follows from (seed, rank, step)
     cond: bool = False                # condition on the class label
-    size: int = 0                     # resize a folder's images to size x size; 0: 32 (>= 0)
+    size: int = 0                     # side of a folder's images; 0: 32, an EDM set's own (>= 0)
     flow: Literal["edm", "trig"] = "edm"  # trig: TrigFlow, smooth in the noise level
     net: Literal["ddpmpp", "ncsnpp", "adm", "dit"] = "ddpmpp"  # network family
     ch: int = 128                     # base width of the network (>= 4)

@@ -1,6 +1,7 @@
 """Data sets and downloads. Every name or docstring says which mistake the test catches."""
 import gzip
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import assets
+from common import assets, data as data_file
 from common.data import Data, load
 from common.flags import BadInput
 
@@ -48,6 +50,11 @@ def fails(*args, **kw):
         load(*args, **kw)
     assert info.value.code == 2
     return info.value.message
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    data_file.say_once.cache_clear()
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -237,10 +244,12 @@ def test_what_is_no_data_set_is_said(tmp_path):
     message = fails(str(tmp_path / "absent"))
     assert "absent" in message and "digits, mnist, fashion_mnist, cifar10" in message
     assert ".npz" in message and "folder" in message
-    assert "no such" in fails("cifar11")
+    for name, right in (("cifar11", "cifar10"), ("mnst", "mnist"), ("fashion-mnist", "fashion_mnist")):
+        assert fails(name).endswith(f"did you mean {right}?")
+    assert "did you mean" not in message
     assert "no images" in fails(str(tmp_path))
     (tmp_path / "notes.txt").write_text("x")
-    assert "no images" in fails(str(tmp_path)) and "no such" in fails(str(tmp_path / "notes.txt"))
+    assert "no images" in fails(str(tmp_path)) and "is no folder" in fails(str(tmp_path / "notes.txt"))
 
 
 def test_named_sets_and_npz_refuse_another_size(tmp_path):
@@ -272,6 +281,161 @@ def test_npz_without_channels_or_labels(tmp_path):
     assert data.classes == 0 and data.labels.tolist() == [0] * 5
 
 
+# ---- what is said of folders ---------------------------------------------------------------------
+def test_a_folder_is_reported_with_counts(tmp_path, capsys):
+    """Files passed over, images narrowed or labels given without a word; hidden files or an EDM set's index counted
+    as skipped; a side compared instead of the shorter one; the same said again when the teacher loads the data."""
+    photos = tmp_path / "photos"
+    for name, h, w in (("cat/a.png", 8, 8), ("cat/b.png", 8, 20), ("ape/c.jpg", 4, 4), ("ape/d.png", 9, 9)):
+        save(photos, name, np.zeros((h, w, 3)))
+    for name in ("x.gif", "cat/y.GIF", "z.txt", "LICENSE", "cat/.hidden.gif", ".DS_Store"):
+        (photos / name).write_text("x")
+    said = ("photos: 4 images read, 4 skipped (.gif 2, no ending 1, .txt 1)\n"
+            "  labels    0 ape, 1 cat\n"
+            "  size      4x4 .. 20x8 -> 8x8: 1 shrunk, 1 enlarged, 1 cropped\n")
+    data = load(str(photos), size=8)
+    assert capsys.readouterr().out == said and data.names == ["ape", "cat"] and data.classes == 2
+    load(str(photos), size=8)
+    assert capsys.readouterr().out == ""
+    load(str(photos), size=4)
+    assert "4x4 .. 20x8 -> 4x4: 3 shrunk, 1 cropped" in capsys.readouterr().out
+
+
+def test_nothing_is_reported_that_did_not_happen(tmp_path, capsys):
+    """Skipped 0, or labels of a folder that has none; a terminal's commands in a class's name."""
+    save(tmp_path, "flat/a.png", np.zeros((8, 8, 3)))
+    assert load(str(tmp_path / "flat"), size=8).names == []
+    assert capsys.readouterr().out == "flat: 1 images read\n  size      8x8 -> 8x8: as stored\n"
+    for i in range(9):
+        save(tmp_path, f"many/c\033{i}/a.png", np.zeros((8, 8)))
+    assert load(str(tmp_path / "many")).names == [f"c\033{i}" for i in range(9)]
+    assert "  labels    0 c?0, 1 c?1, 2 c?2, 3 c?3, 4 c?4, .., 8 c?8\n" in capsys.readouterr().out
+
+
+def test_a_single_picture_is_brief(tmp_path, capsys):
+    """Three lines for each mask; a photo cropped without a word."""
+    save(tmp_path, "a.png", np.zeros((40, 60, 3)))
+    save(tmp_path, "b.png", np.zeros((32, 32, 3)))
+    load(str(tmp_path / "a.png")), load(str(tmp_path / "b.png"))
+    assert capsys.readouterr().out == "a.png: 60x40 -> 32x32: 1 shrunk, 1 cropped\n"
+
+
+def test_names_of_classes_are_kept(tmp_path, train):
+    """A run that does not know which label is which folder."""
+    for name in ("cat/a.png", "ape/b.png"):
+        save(tmp_path / "set", name, np.zeros((8, 8)))
+    _, run = train("ect", "--dataset", str(tmp_path / "set"), "--size", "8", "--cond", "--iters", "1", "--mult", "1")
+    assert json.loads((run / "config.json").read_text())["about"]["classes"] == ["ape", "cat"]
+    assert load("digits").names == list("0123456789")
+
+
+# ---- .zip files and EDM's format -----------------------------------------------------------------
+def pack(file, folder):
+    """A folder as a .zip, with an entry for each folder, as zip tools write them."""
+    with zipfile.ZipFile(file, "w") as z:
+        for path in sorted(folder.rglob("*"), reverse=True):
+            z.write(path, path.relative_to(folder))
+    return file
+
+
+def edm_set(folder, labels, side=6, channels=3):
+    """A data set as EDM's dataset_tool.py writes it, of len(labels) images, the labels listed in another order."""
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), side, side, channels), np.uint8)
+    names = [f"{i // 2:05d}/img{i:08d}.png" for i in range(len(labels))]
+    for name, image in zip(names, images):
+        save(folder, name, image.squeeze())
+    pairs = None if labels[0] is None else [[n, y] for n, y in zip(names, labels)][::-1]
+    (folder / "dataset.json").write_text(json.dumps(dict(labels=pairs)))
+    return images.transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("labels", [[6, 0, 6, 2, 1], [None] * 5])
+def test_edm_sets(tmp_path, capsys, labels, channels):
+    """Labels by folder or in the order of dataset.json; images brought to 32 pixels; bytes that change; an index
+    counted as a skipped file; the packed set unlike the unpacked one."""
+    images = edm_set(tmp_path / "set", labels, channels=channels)
+    data = load(str(pack(tmp_path / "set.zip", tmp_path / "set")))
+    said = capsys.readouterr().out
+    assert np.array_equal(data.images.numpy(), images) and data.name == "set"
+    assert data.labels.tolist() == [y or 0 for y in labels]
+    assert data.names == ([] if labels[0] is None else list("0123456")) and data.classes == len(data.names)
+    assert "set.zip: 5 images read\n" in said and "6x6 -> 6x6: as stored" in said
+    assert load(str(tmp_path / "set")).sha256 == data.sha256 and "set: 5 images read\n" in capsys.readouterr().out
+    assert load(str(tmp_path / "set.zip"), size=4).images.shape[-1] == 4
+
+
+def test_a_zip_without_an_index_is_a_folder(tmp_path, capsys):
+    """Folders in a .zip that are no classes, its folder entries taken for files, hidden files of a Mac read."""
+    for i, name in enumerate(("cat/x.png", "bird/deep/y.PNG", "cat/a/z.bmp")):
+        save(tmp_path / "set", name, np.full((40, 40, 3), 9 * i))
+    for name in ("__MACOSX/cat/._x.png", "cat/.DS_Store", "notes.txt"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_text("x")
+    packed, folder = load(str(pack(tmp_path / "my.ZIP", tmp_path / "set"))), load(str(tmp_path / "set"))
+    assert packed.sha256 == folder.sha256 and packed.names == folder.names == ["bird", "cat"]
+    assert packed.images.shape[-1] == 32 and packed.name == "my"
+    assert "my.ZIP: 3 images read, 1 skipped (.txt 1)\n" in capsys.readouterr().out
+
+
+def test_a_run_takes_a_zip(tmp_path, train):
+    """A path that the presets, the teacher or the check of a resumed run do not take."""
+    edm_set(tmp_path / "set", [1, 0, 1, 1], side=8)
+    file = str(pack(tmp_path / "set.zip", tmp_path / "set"))
+    _, run = train("ect", "--dataset", file, "--cond", "--iters", "1", "--mult", "1", "--teacher", "train",
+                   "--teacher-iters", "1")
+    train("ect", "--resume", str(run), "--iters", "2")
+    assert run.name.startswith("ect-set-") and json.loads((run / "config.json").read_text())["size"] == 0
+
+
+@pytest.mark.parametrize("index, hints", [
+    ("{", ["not in EDM's format", "JSON"]), ("[]", ["not in EDM's format"]), ('{"a": 1}', ["not in EDM's format"]),
+    ('{"labels": [["00000/img00000000.png"]]}', ["not in EDM's format"]), ("[" * 99999, ["not in EDM's format"]),
+    ('{"labels": [["00000/img00000000.png", 1.5], ["00000/img00000001.png", 0]]}', ["no integer"]),
+    ('{"labels": [["00000/img00000000.png", -1], ["00000/img00000001.png", 0]]}', ["no integer"]),
+    ('{"labels": [["00000/img00000000.png", 1e9], ["00000/img00000001.png", 0]]}', ["no integer"]),
+    ('{"labels": [["00000/img00000000.png", 1000000000], ["00000/img00000001.png", 0]]}', ["no integer"]),
+    ('{"labels": [["00000/img00000000.png", 1]]}', ["'00000/img00000001.png' has no label", "(1 such"]),
+    ('{"labels": [["00000/img00000000.png", 1], ["00000/img00000001.png", 0], ["gone.png", 0], ["z.png", 0]]}',
+     ["'gone.png' has a label but is no image", "(2 such"])])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bad_index_is_refused(tmp_path, index, hints, packed):
+    """A traceback, labels of other images, a class number that asks for a table of gigabytes."""
+    edm_set(tmp_path / "set", [1, 0])
+    (tmp_path / "set/dataset.json").write_text(index)
+    message = fails(str(pack(tmp_path / "set.zip", tmp_path / "set") if packed else tmp_path / "set"))
+    assert all(hint in message for hint in [*hints, "dataset.json"]) and "\n" not in message
+
+
+def test_a_bad_zip_is_refused(tmp_path):
+    """A traceback; a broken image that is not named; an encrypted or a cut file."""
+    file = tmp_path / "set.zip"
+    edm_set(tmp_path / "set", [1, 0])
+    whole = pack(file, tmp_path / "set").read_bytes()
+    for bad in (b"", b"text", whole[:-40], whole[40:]):
+        file.write_bytes(bad)
+        assert "set.zip" in fails(str(file))
+    file.write_bytes(whole)
+    (tmp_path / "set/00000/img00000001.png").write_text("no picture")
+    assert "1 of 2 images cannot be read" in fails(str(pack(file, tmp_path / "set")))
+    with zipfile.ZipFile(file, "w") as z:
+        z.writestr("notes.txt", "x")
+    assert "no images there" in fails(str(file)) and "but .txt 1" in fails(str(file))
+    assert "is no such folder" in fails(str(tmp_path / "absent.zip"))
+
+
+@pytest.mark.parametrize("name, claim", [("00000/img00000001.png", 2**28 + 1), ("dataset.json", 2**22)])
+def test_a_zip_that_claims_absurd_sizes_is_refused(tmp_path, name, claim):
+    """A small archive that fills the memory."""
+    edm_set(tmp_path / "set", [1, 0])
+    with zipfile.ZipFile(pack(tmp_path / "set.zip", tmp_path / "set"), "a") as z:
+        z.getinfo(name).file_size = claim
+        z.writestr("other.bin", "")                       # so that its directory is written again
+        z.getinfo("other.bin").file_size = 2**31          # never opened, so no harm
+    assert f"'{name}' claims" in fails(str(tmp_path / "set.zip"))
+
+
+# ---- arrays --------------------------------------------------------------------------------------
 GOOD = np.zeros((4, 8, 8, 3), np.uint8)
 
 

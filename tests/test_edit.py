@@ -285,7 +285,12 @@ def test_find_ts_measures_what_sampling_draws(grey, draw, capsys, monkeypatch):
         assert [float(v) for v in line.split()] == pytest.approx([t, seen[t]], abs=1e-4)
     assert "40 images" in out[0] and out[-1] == f"best: python -m common.sample {grey} --ts 80,{best:g}"
     one = fd_pixels(real, draw(grey, "--steps", 1, "--n", 40)[0].to(torch.uint8))
-    assert float(out[0].split()[-1]) == pytest.approx(one, abs=1e-3) and len(out) == 5
+    assert float(out[0].split()[-1]) == pytest.approx(one, abs=1e-3) and len(out) == 7
+    assert out[4].startswith("spread between seeds +-") and out[5].startswith("the run's own level, 0.821, has ")
+    own = fd_pixels(real, draw(grey, "--steps", 2, "--n", 40)[0].to(torch.uint8))
+    assert float(out[5].split()[6].rstrip(":")) == pytest.approx(own, abs=1e-3)
+    better = own - seen[best] > float(out[4].split("+-")[1])
+    assert ("is better" in out[5]) == better != ("within the spread" in out[5])
     assert len(set(seen.values())) == 3 and best == min(seen, key=seen.get)
 
 
@@ -296,7 +301,7 @@ def test_find_ts_by_fid(train, monkeypatch, tmp_path, capsys):
     np.savez(tmp_path / "few.npz", images=load("digits").images[:40].permute(0, 2, 3, 1).numpy())
     metrics, run = train("ect", "--iters", "1", "--fid", "30", "--dataset", str(tmp_path / "few.npz"),
                          "--data-dir", str(tmp_path / "data"))
-    monkeypatch.setattr(edit, "search", lambda score, lo, hi: score(0.821))
+    monkeypatch.setattr(edit, "search", lambda score, lo, hi: score(2.0))
     assert sample.main([str(run), "--find-ts", "--fid", "--n", "30"]) == pytest.approx(metrics["fid_2step"], abs=1e-4)
     assert "FID (legacy_tensorflow) of 30 images" in capsys.readouterr().out
 
@@ -422,8 +427,8 @@ def test_labels_of_edits(colour, draw, monkeypatch):
     ("--edit superres --patch 3", "divide"), ("--edit superres --patch 0", "--patch"),
     ("--edit superres --patch 1", "least 2"),
     ("--edit denoise --sigma 0", "above 0"), ("--edit stroke --sigma 99", "80"), ("--edit colorize", "grey"),
-    ("--edit inpaint --mask gone.png", "FileNotFound"),
-    ("--edit inpaint --images gone.png", "FileNotFound"), ("--edit inpaint --images gone.npz", "gone.npz"),
+    ("--edit inpaint --mask gone.png", "no such folder"),
+    ("--edit inpaint --images gone.png", "no such folder"), ("--edit inpaint --images gone.npz", "gone.npz"),
     ("--edit inpaint --images empty", "empty"), ("--edit inpaint --images text.png", "text.png"),
     ("--edit inpaint --images large.npz", "9 pixels"), ("--edit denoise --n 0", "--n")])
 def test_bad_input_is_refused(argv, hint, grey, refused, tmp_path):

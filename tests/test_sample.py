@@ -149,3 +149,11 @@ def test_the_command_itself(train, shell, tmp_path):
     p = shell("-m", "common.sample", run, "--n", "2", "--out", tmp_path / "x.png")
     assert p.returncode == 0 and p.stdout == f"2 images in 2 steps: {tmp_path / 'x.png'}\n", p.stderr
     assert Image.open(tmp_path / "x.png").size == pixels(2, 1)
+
+
+@pytest.mark.parametrize("name", ["sample", "teacher"])
+def test_a_file_started_by_its_path_says_how_to_start_it(name, shell):
+    """A traceback about a package that cannot be found, from wherever it is started."""
+    p = shell(f"common/{name}.py", "runs/x", "--steps", "2", PYTHONPATH="")
+    assert p.returncode == 2 and p.stdout == "" and p.stderr.count("\n") == 1
+    assert p.stderr.startswith("error: ") and p.stderr.endswith(f"python -m common.{name} runs/x --steps 2\n")

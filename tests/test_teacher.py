@@ -69,3 +69,18 @@ def test_widths_that_do_not_fit_a_family_are_one_line(train, capsys, tmp_path, f
         train("ect", *flags)
     err = capsys.readouterr().err
     assert e.value.code == 2 and words in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_that_is_no_checkpoint_is_one_line(train, capsys, tmp_path):
+    """A file, a folder or a name of nothing: talk of a checkpoint before it, or no word of what a teacher may be."""
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n")
+    torch.save(dict(weight=torch.zeros(1)), tmp_path / "other.pt")
+    torch.save(torch.zeros(1), tmp_path / "tensor.pt")
+    for name, why in (("hosts", "UnpicklingError"), ("other.pt", "not one of these"), ("tensor.pt", "not one of these"),
+                      ("gone.pt", "there is none"), ("", "there is none")):
+        with pytest.raises(SystemExit) as e:
+            train("ect", "--teacher", str(tmp_path / name))
+        out, err = capsys.readouterr()
+        assert e.value.code == 2 and err.count("\n") == 1 and "before" not in out + err and "cannot be read" not in out
+        assert why in err and all(s in err for s in (str(tmp_path / name), "run folder", ".pkl", "address"))
+        assert not (tmp_path / "runs").exists()

@@ -236,11 +236,8 @@ def locate(args, data, run):
     path = args.teacher
     if path == "auto":
         path = adopt(args, data, run) or (released_address(args) if args.preset in ("fast", "paper") else "train")
-    if path == "train":
-        path = train(args, run)
-    if path.startswith(("http://", "https://")):
-        path = released.download(path, args.data_dir)
-    return path
+    path = train(args, run) if path == "train" else path
+    return released.download(path, args.data_dir) if path.startswith(("http://", "https://")) else path
 
 
 def typed(run):
@@ -290,8 +287,8 @@ def train(args, run):
 def is_diffusion(net, path):
     """Is this network a denoiser D, not the f of a consistency model? Their weights look the same."""
     place = path if path.is_dir() else path.parent
-    script = config_of(place)["about"]["script"] if (place / "config.json").exists() else ""
-    return script in ("", "common.teacher") and net.t_min == 0
+    script = config_of(place)["about"]["script"] if (place / "config.json").exists() else "common.teacher"
+    return script == "common.teacher" and net.t_min == 0
 
 
 def show(teacher, found, run, data):
@@ -300,10 +297,12 @@ def show(teacher, found, run, data):
         return
     if found.folder and evaluate.adopt(run, found.folder):
         return
+    known = found.folder and (found.folder / "config.json").exists()
+    its = Args(steps=config_of(found.folder)["steps"] if known else Args.steps)
 
     def draw(noise, y):
-        return sample(teacher, noise, y, Args())
-    run.evaluate(0, data, draw, [Args.steps], net="teacher")
+        return sample(teacher, noise, y, its)
+    run.evaluate(0, data, draw, [its.steps], net="teacher")
 
 
 def released_address(args):

@@ -55,7 +55,7 @@ def work(out):
     opt = torch.optim.SGD(net.parameters(), lr=0.1)
     run.start(dict(net=net, opt=opt), data)
     saw["batches"] = [run.batch(data, 5, part) for part in range(2)]
-    saw["images"] = evaluate.generate(run, data, 7, 2, blend)
+    saw["images"] = evaluate.generate(run, data, 7, 2, blend, torch.arange(10))
     fid.inception = lambda data_dir, device: Net()
     saw["fid"] = fid.fid(few(data), data.images[:301:3], out / "data")
 
@@ -224,7 +224,7 @@ def test_generated_images_do_not_depend_on_the_ranks(both, tmp_path):
     """Images in another order, with another's label, or twice where the ranks do not divide their number."""
     alone = Run(flags(tmp_path, "--cond"), ect.__file__)
     for n, k in ((7, 2), (3, 2)):
-        images = evaluate.generate(alone, load("digits"), n, k, blend)
+        images = evaluate.generate(alone, load("digits"), n, k, blend, torch.arange(10))
         assert all(torch.equal(images, saw["images"][:n]) for saw in both)
     assert len(both[0]["images"]) == 7 and len({tuple(i.flatten().tolist()) for i in images}) == 3
 

@@ -259,7 +259,7 @@ def refuses(capsys, tmp_path, monkeypatch):
         ("--log-every", "0"), ("--save-every", "-1"), ("--warmup", "-1"), ("--dropout", "1", "-0.1"),
         ("--lr", "0", "nan", "inf"), ("--ema", "1"), ("--ch", "3", "66"), ("--mult", "", "1,0"),
         ("--blocks", "0")) for value in values), (["--batch", "7", "--accum", "2"], "--accum"),
-    (["--t-mid", "80"], "--t-mid"), (["--shard"], "torchrun"), (["--fid-every", "2"], "needs --fid"), (["--preset", "small"], "one preset"),
+    (["--t-mid", "80"], "--t-mid"), (["--shard"], "torchrun"), (["--preset", "small"], "one preset"),
     (["--size", "16"], "8 pixels"), (["--mult", "1,1,1,1,1"], "--mult"), (["--teacher", "absent"], "absent"),
     (["--dataset", "absent/folder"], "absent/folder")])
 def test_bad_flags_are_refused(argv, hint, refuses, tmp_path):

@@ -99,7 +99,7 @@ def load(name, data_dir="data", size=0, device="cpu"):
 
 def check_size(name, size, native):
     if size not in (0, native):
-        raise BadInput(f"{name} has {native} pixels a side, not {size}; leave the size out")
+        raise BadInput(f"{name} has images of {native} pixels a side, not {size}; leave --size out")
 
 
 def from_npz(file):
@@ -256,7 +256,7 @@ def report(path, skipped, names, sizes, size):
     shown = [f"{i} {name}" for i, name in enumerate(names)]
     if len(shown) > 6:
         shown[5:-1] = [".."]
-    say_once(f"{path.resolve().name}: {len(sizes):,} images read"
+    say_once(f"{path.resolve().name}: {len(sizes):,} image{'s' * (len(sizes) > 1)} read"
              + (f", {len(skipped):,} skipped ({endings(skipped)})" if skipped else "")
              + (f"\n  labels    {assets.printable(', '.join(shown))}" if names else "")
              + f"\n  size      {change}")

@@ -81,13 +81,17 @@ def slerp(a, b, w):
 
 
 # ---- files ---------------------------------------------------------------------------------------
-def read_images(name, size, channels):
-    """A picture, a folder or a .npz, made to fit the network: uint8 [N,C,H,W], and labels [N] or None. BadInput."""
-    path = Path(name).resolve()                           # not the data set of this name
+def read_images(name, size, channels, flag="--images"):
+    """A picture, a folder, a .zip or a .npz, made to fit the network: uint8 [N,C,H,W], and labels [N] or None. `flag`
+    is the one that named it. BadInput."""
+    path = Path(name).expanduser().resolve()              # not the data set of this name
+    if not path.exists():
+        raise BadInput(f"{flag} {name}: there is no such file or folder")
     data = load(str(path), size=0 if path.suffix == ".npz" else size)
     images = data.images
     if images.shape[-1] != size:
-        raise BadInput(f"--images {name} has {images.shape[-1]} pixels a side, this run {size}; resize them")
+        raise BadInput(f"{flag} {name} has images of {images.shape[-1]} pixels a side, this run {size}; "
+                       "resize them, or give a folder of pictures, which are resized here")
     if images.shape[1] > channels:
         images = (images * LUMA).sum(1, keepdim=True).round().to(torch.uint8)
     return images.expand(-1, channels, -1, -1), data.labels if data.classes else None
@@ -96,6 +100,6 @@ def read_images(name, size, channels):
 def mask_of(file, size):
     """bool [H,W], true where to generate: where a picture is white, or the middle half of each side. BadInput."""
     if file:
-        return read_images(file, size, 1)[0][0, 0] > 127
+        return read_images(file, size, 1, "--mask")[0][0, 0] > 127
     inside = (torch.arange(size) - (size - 1) / 2).abs() < size / 4
     return inside[:, None] & inside

@@ -39,7 +39,7 @@ def flags(argv=None):
     ap.add_argument("--fid", action="store_true", help="search by FID instead; --n 10000 or more")
     ap.add_argument("--edit", choices=[*EDITS, "interpolate"], help="images, or blend pairs of noise (interpolate); "
                     "levels: --ts [39, Karras' grid of 40 but for the last; stroke, denoise: --sigma]")
-    ap.add_argument("--images", help="a picture, a folder or a .npz to edit [the run's data set]")
+    ap.add_argument("--images", help="a picture, a folder, .zip or .npz to edit [the run's data set]")
     ap.add_argument("--mask", help="inpaint: a picture, white where to generate [a square, half of each side]")
     ap.add_argument("--patch", type=int, help="superres: pixels a side that become one [2, from 96 on size / 32]")
     ap.add_argument("--sigma", type=float, help="stroke, denoise: noise level [1, 0.5]; stroke adds one at 0.416 of it")
@@ -67,7 +67,8 @@ def check(a):
     if a.find_ts and (given("t_mid", "ts", "edit", "out") or a.steps not in (None, 2)):
         raise BadInput("--find-ts prints the best second level of two; leave out --steps, --t-mid, --ts, --edit, --out")
     if a.fid and not a.find_ts:
-        raise BadInput("--fid is for --find-ts; of any images: --out some.npz, then python -m common.fid")
+        raise BadInput("--fid is for --find-ts; to measure images, write them with --out some.npz, then "
+                       "python -m common.fid some.npz cifar10, or whatever they are to be compared with")
     if given("ts") and given("steps", "t_mid", "sigma") or a.edit in EDITS and given("steps", "t_mid"):
         raise BadInput("--ts gives all levels, to --edit as well; leave out --steps, --t-mid and --sigma beside it")
 
@@ -82,7 +83,8 @@ def levels(a, t_max, t_min):
     else:                                                # the last level is the boundary, where f is the identity
         return edit.karras(t_max, max(t_min, 0.002))[:-1] if a.edit in EDITS else None
     if not ts or not ts[0] <= t_max or not all(t > r for t, r in zip(ts, (*ts[1:], t_min))):
-        raise BadInput(f"--ts and --sigma: noise levels descend, from {t_max:g} or less, and end above {t_min:g}")
+        raise BadInput(f"--ts and --sigma: noise levels must descend, the first be at most {t_max:g}, and the last be "
+                       f"above {t_min:g}")
     return ts
 
 

@@ -305,7 +305,7 @@ def test_nothing_is_reported_that_did_not_happen(tmp_path, capsys):
     """Skipped 0, or labels of a folder that has none; a terminal's commands in a class's name."""
     save(tmp_path, "flat/a.png", np.zeros((8, 8, 3)))
     assert load(str(tmp_path / "flat"), size=8).names == []
-    assert capsys.readouterr().out == "flat: 1 images read\n  size      8x8 -> 8x8: as stored\n"
+    assert capsys.readouterr().out == "flat: 1 image read\n  size      8x8 -> 8x8: as stored\n"
     for i in range(9):
         save(tmp_path, f"many/c\033{i}/a.png", np.zeros((8, 8)))
     assert load(str(tmp_path / "many")).names == [f"c\033{i}" for i in range(9)]
@@ -394,7 +394,7 @@ def test_a_run_takes_a_zip(tmp_path, train):
     ('{"labels": [["00000/img00000000.png", 1.5], ["00000/img00000001.png", 0]]}', ["no integer"]),
     ('{"labels": [["00000/img00000000.png", -1], ["00000/img00000001.png", 0]]}', ["no integer"]),
     ('{"labels": [["00000/img00000000.png", 1e9], ["00000/img00000001.png", 0]]}', ["no integer"]),
-    ('{"labels": [["00000/img00000000.png", 1000000000], ["00000/img00000001.png", 0]]}', ["no integer"]),
+    ('{"labels": [["00000/img00000000.png", 1000000], ["00000/img00000001.png", 0]]}', ["no integer"]),
     ('{"labels": [["00000/img00000000.png", 1]]}', ["'00000/img00000001.png' has no label", "(1 such"]),
     ('{"labels": [["00000/img00000000.png", 1], ["00000/img00000001.png", 0], ["gone.png", 0], ["z.png", 0]]}',
      ["'gone.png' has a label but is no image", "(2 such"])])

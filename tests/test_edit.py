@@ -427,8 +427,8 @@ def test_labels_of_edits(colour, draw, monkeypatch):
     ("--edit superres --patch 3", "divide"), ("--edit superres --patch 0", "--patch"),
     ("--edit superres --patch 1", "least 2"),
     ("--edit denoise --sigma 0", "above 0"), ("--edit stroke --sigma 99", "80"), ("--edit colorize", "grey"),
-    ("--edit inpaint --mask gone.png", "no such folder"),
-    ("--edit inpaint --images gone.png", "no such folder"), ("--edit inpaint --images gone.npz", "gone.npz"),
+    ("--edit inpaint --mask gone.png", "there is no such file"),
+    ("--edit inpaint --images gone.png", "there is no such file"), ("--edit inpaint --images gone.npz", "gone.npz"),
     ("--edit inpaint --images empty", "empty"), ("--edit inpaint --images text.png", "text.png"),
     ("--edit inpaint --images large.npz", "9 pixels"), ("--edit denoise --n 0", "--n")])
 def test_bad_input_is_refused(argv, hint, grey, refused, tmp_path):

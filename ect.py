@@ -149,8 +149,8 @@ PRESETS = {
     # RAdam are not rectified, and would wreck what the teacher knows. small draws high noise levels
     # more often, where most is to be learned; with a gap as narrow as that of `fast`, what holds at
     # low levels would reach the high ones too slowly for so few steps
-    "small": dict(cost="about half an hour on two CPU cores, teacher included", q=32.0,
-                  double=10**9, P_mean=0.0, P_std=1.6, t_mid=2.0, iters=600, batch=64, lr=2e-4,
+    "small": dict(cost="about half an hour on two CPU cores, teacher included", q=16.0,
+                  double=10**9, P_mean=0.0, P_std=1.6, t_mid=2.0, iters=600, batch=64, lr=1.5e-4,
                   warmup=50, ema=0.99, dropout=0.0, ch=32, mult=(1, 1, 2), blocks=1,
                   save_every=300),
     "digits": dict(cost="about 7 minutes on two CPU cores, teacher included", q=256.0,

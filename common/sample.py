@@ -241,8 +241,12 @@ def find(name, score, path, net, t_max, draw, noise, t_mid):
     if t_mid is not None:
         own = net.sd * math.tan(t_mid) if hasattr(net, "denoise") else t_mid      # TrigFlow's t_mid is a time
         gain = end(first, own, 0) - lowest
-        print(f"the run's own level, {own:.4g}, has {lowest + gain:.4f}: "
-              + ("the difference lies within the spread" if gain <= spread else f"{best:g} is better"))
+        verdict = f"{best:g} is better" if gain > spread else f"{own:.4g} is better" if gain < -spread else \
+            "the difference lies within the spread"
+        print(f"the run's own level, {own:.4g}, has {lowest + gain:.4f}: {verdict}")
+        if gain <= spread:                                # what was found is as likely noise
+            print(f"keep the run's own level: python -m common.sample {path} --steps 2")
+            return best
     print(f"best: python -m common.sample {path} --ts {t_max:.12g},{best:g}")
     return best
 

@@ -4,17 +4,17 @@ rcm.py: Score-regularised consistency models.    Zheng et al. 2025, arXiv:2510.0
 Idea    sCM (scm.py) covers all that the teacher makes, but its images are blurred. Matching scores
         on the student's own images (DMD) sharpens them, but loses modes. Take both, the second with
         a small weight. The score of the student's images is that of a third network, fake: a
-        diffusion model that is trained on them all along.
+        diffusion model trained on them all along. Student and fake start as copies of the teacher.
 
 One training step of the student: the first H steps, then one in student_every       [Algorithm 1]
     t       =  arctan(e^tau / sd),  tau ~ N(P_mean, P_std^2)
     x_t     =  cos(t)*x0 + sin(t)*z,   z = sd*eps          # f(x, t) = cos(t)*x - sin(t)*sd*F(x, t)
-    F_T     =  F_u + (1 + guidance) * (F_c - F_u)          # the teacher without and with the label
+    F_T     =  F_u + (1 + guidance) * (F_c - F_u)          # teacher's F: u without label, c with
     dF      =  cos(t)*sin(t) * dF(x_t, t)/dt along (sd*F_T, 1)                            # JVP
     g       =  -cos(t)*sqrt(1 - (ramp*sin(t))^2)*(F - F_T) - ramp*cos(t)*sin(t)*x_t/sd - dF
     loss    =  loss_scale * |F - (F + g/(|g| + c))|^2      # no gradient through F + g; ramp: 0 .. 1
 After the first H steps also, for images x that the student makes of noise in N = 1 .. N_max steps
-    x_t     =  cos(t)*x + sin(t)*z                         # new noise; t with D_mean and D_std
+    x_t     =  cos(t)*x + sin(t)*z                         # new z and t, by D_mean and D_std
     q       =  (f_fake - f_T) / mean|x - f_T|              # at (x_t, t); f of fake and teacher
     loss    += lambda_dmd * |(x - (x - sd*q))/sd|^2        # gradient through x's last step alone
 
@@ -26,7 +26,7 @@ Deviations from the paper
     Its sd is 1; here g, q and c are in units of sd, and D_mean = ln(sd) makes ln(tan t) the paper's
     N(0, 1.6^2). The student's images begin at sigma_max = 80, tan t = 160 for sd .5, as they do in
     sampling, and not at pi/2: EDM's embedding of ln(sigma) has no such time.
-    The weights are those of the code, 100 : 1, not 1 : 0.01. N is uniform, where the code counts.
+    Weights are the code's 100 and 1, not 1 and 0.01. N is random as in the paper; the code cycles.
     Warm-up counts the steps of both networks.
     A loss or gradient that is not finite stops the run; the authors' code sets it to zero.
 
@@ -97,8 +97,8 @@ def sampling_times(K, args):
 
 
 def rollout_times(N, x0, args):
-    """The times of a rollout, [N, B, 1, 1, 1]: that of sigma_max, then random ones, in descending
-    order for each image; with --rollout fixed those of the sampler."""
+    """The times of a rollout, [N, B, 1, 1, 1]: that of sigma_max, then for each image the
+    lowest of random ones drawn so far; with --rollout fixed those of the sampler."""
     fixed = sampling_times(N, args).to(x0).view(-1, 1, 1, 1, 1).expand(N, len(x0), 1, 1, 1)
     if args.rollout == "fixed":
         return fixed
@@ -108,7 +108,7 @@ def rollout_times(N, x0, args):
 
 # ==== 2. Loss =====================================================================================
 def f(x, t, F, args):
-    """f(x, t) for the value F of a network there; of teacher and fake it is the denoiser."""
+    """f(x, t), given F = F(x, t) of a network; of teacher and fake it is the denoiser."""
     return t.cos() * x - t.sin() * args.sd * F
 
 
@@ -121,7 +121,7 @@ def guided(teacher, x, t, y, args):
 def rollout(net, z, y, args):
     """Images x [B,C,H,W] that the student makes of noise z [N,B,C,H,W] in N steps."""
     ts = rollout_times(len(z), z[0], args)
-    x = z[0]                                              # the first time is treated as pi/2
+    x = z[0]                                              # pure noise, as if ts[0] were pi/2
     with torch.no_grad():
         for t, r, z_r in zip(ts, ts[1:], z[1:]):
             x = r.cos() * f(x, t, net.F(x, t, y), args) + r.sin() * z_r
@@ -143,7 +143,7 @@ def scm_loss(net, teacher, x0, z, y, it, args, reseed):
     _, dF = jvp(masked, (x_t, t), tangents, exact=args.jvp == "exact")  # a pass without gradient
 
     F = masked(x_t, t)                                    # gradient flows here
-    ramp = min(1, it / args.H) if args.H else 1           # 0: the teacher's velocity; dF is whole
+    ramp = min(1, it / args.H) if args.H else 1           # as in the paper, dF has no ramp
     g = -cos * (1 - (ramp * sin) ** 2).sqrt() * (F.detach() - F_T)
     g = g - ramp * cos * sin * x_t / args.sd - dF
     size = g.flatten(1).norm(dim=1)                       # |g|, [B]
@@ -205,7 +205,6 @@ def fake_loss_fn(net, fake, x0, y, it, args):
 @torch.no_grad()
 def sample(net, noise, y, args):
     """Denoise, add less noise, denoise again: one step for each slice of noise [K, B, C, H, W]."""
-    x = torch.zeros_like(noise[0])
     for i, (t, z) in enumerate(zip(sampling_times(len(noise), args).to(noise), noise)):
         x = t.cos() * x + t.sin() * args.sd * z if i else args.sd * z   # the first t counts as pi/2
         x = net(x, t.expand(len(z), 1, 1, 1), y)

@@ -146,9 +146,8 @@ PRESETS = {
     "fast": dict(cost="8,000 steps, about one hour on one A100", q=256.0, double=10**9, iters=8_000,
                  ema=0.9993, save_every=2_000),
     # ours, for two CPU cores: small networks, a short average. Warm-up: the first five steps of
-    # RAdam are not rectified, and would wreck what the teacher knows. small draws high noise levels
-    # more often, where most is to be learned; with a gap as narrow as that of `fast`, what holds at
-    # low levels would reach the high ones too slowly for so few steps
+    # RAdam are not rectified, and would wreck what the teacher knows. With the gap, lr and noise
+    # levels of digits, small was worse in two steps than in one: see tests/bench/README.md
     "small": dict(cost="about half an hour on two CPU cores, teacher included", q=16.0,
                   double=10**9, P_mean=0.0, P_std=1.6, t_mid=2.0, iters=600, batch=64, lr=1.5e-4,
                   warmup=50, ema=0.99, dropout=0.0, ch=32, mult=(1, 1, 2), blocks=1,

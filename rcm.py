@@ -15,7 +15,7 @@ One training step of the student: the first H steps, then one in student_every  
     loss    =  loss_scale * |F - (F + g/(|g| + c))|^2      # no gradient through F + g; ramp: 0 .. 1
 After the first H steps also, for images x that the student makes of noise in N = 1 .. N_max steps
     x_t     =  cos(t)*x + sin(t)*z                         # new z and t, by D_mean and D_std
-    q       =  (f_fake - f_T) / mean|x - f_T|              # at (x_t, t); f of fake and teacher
+    q       =  (f_fake - f_T) / W,   W = mean|x - f_T|     # at (x_t, t); f of fake and teacher
     loss    += lambda_dmd * |(x - (x - sd*q))/sd|^2        # gradient through x's last step alone
 
 All other steps train fake, with x, x_t and t made in the same way
@@ -27,7 +27,7 @@ Deviations from the paper
     N(0, 1.6^2). The student's images begin at sigma_max = 80, tan t = 160 for sd .5, as they do in
     sampling, and not at pi/2: EDM's embedding of ln(sigma) has no such time.
     Weights are the code's 100 and 1, not 1 and 0.01. N is random as in the paper; the code cycles.
-    Warm-up counts the steps of both networks.
+    Warm-up counts the steps of both networks. Fake trains without dropout.
     A loss or gradient that is not finite stops the run; the authors' code sets it to zero.
 
 Read next: scm.py, the first part alone. What changes: diff scm.py rcm.py
@@ -61,11 +61,11 @@ def updates(it, args):
 
 
 def power(sigma_rel):
-    """The exponent g of an average whose weights grow like k^g, k counting updates, so that their
-    spread is sigma_rel times their number: power(0.05) = 16.97 (EDM2, arXiv:2312.02696, App. C)."""
-    s = sigma_rel**-2                                     # = (g + 2)^2 (g + 3) / (g + 1), or ..
-    g = torch.linalg.eigvals(torch.tensor([[-7, s - 16, s - 12], [1, 0, 0], [0, 1, 0]]))
-    return float(g.real.max())                            # .. g^3 + 7 g^2 + (16 - s) g + 12 - s = 0
+    """The exponent p of an average that weighs update k by k^p, so that the standard deviation of
+    k is sigma_rel times the number of updates: power(0.05) = 16.97 (EDM2, arXiv:2312.02696)."""
+    s = sigma_rel**-2                                     # (p + 2)^2 (p + 3) = s (p + 1), that is
+    p = torch.linalg.eigvals(torch.tensor([[-7, s - 16, s - 12], [1, 0, 0], [0, 1, 0]]))
+    return float(p.real.max())                            # p^3 + 7 p^2 + (16 - s) p + 12 - s = 0
 
 
 def average(it, args):
@@ -80,14 +80,14 @@ def average(it, args):
 
 def rounds(it, args):
     """N: in how many steps the student makes its images in step it. The same on every rank."""
-    g = torch.Generator().manual_seed(it)
-    return int(torch.randint(1, args.N_max + 1, (1,), generator=g))
+    generator = torch.Generator().manual_seed(it)
+    return int(torch.randint(1, args.N_max + 1, (1,), generator=generator))
 
 
 def times(x0, mean, std, args):
     """Draw a time t in (0, pi/2) for each image, [B, 1, 1, 1]."""
-    sigma = torch.randn(len(x0), 1, 1, 1, dtype=x0.dtype, device=x0.device) * std + mean
-    return torch.atan(sigma.exp() / args.sd)
+    tau = torch.randn(len(x0), 1, 1, 1, dtype=x0.dtype, device=x0.device) * std + mean
+    return torch.atan(tau.exp() / args.sd)
 
 
 def sampling_times(K, args):
@@ -183,7 +183,7 @@ def loss_fn(net, fake, teacher, x0, y, it, args, reseed):
         loss = loss + args.lambda_dmd * d
     if args.loss_scale:
         d, more = scm_loss(net, teacher, x0, z_scm, y, it, args, reseed)
-        loss, stats = loss + args.loss_scale * d, stats | more
+        loss, stats = loss + args.loss_scale * d, stats | more  # t of this part, loss of both
     return loss.mean(), stats | dict(loss=loss.detach())
 
 

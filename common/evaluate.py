@@ -28,6 +28,11 @@ def picture(images, cols=0):
     return Image.fromarray(sheet.numpy().repeat(zoom, 0).repeat(zoom, 1))
 
 
+def chosen(data, n):
+    """The indices of the real images, at most n, with which fd_pixels compares: the same in every run."""
+    return torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:n]
+
+
 def generate(run, data, n, k, draw, labels=None):
     """n images of `draw`, uint8 [n,C,H,W] on the CPU, in k sampling steps, with these `labels` [L], repeated, or none.
     The ranks share the work, and all get the images."""
@@ -51,10 +56,10 @@ def evaluate(run, it, data, draw, steps, net="ema"):
     With --cond, metrics use labels as frequent as in the data: with equal shares, even a perfect model of two classes
     at 9:1 would measure a distance of 2.8. In the grid each column is a class."""
     a = run.args
-    n, many = min(len(data.images), FD_IMAGES), a.fid if run.fid_due(it) else 0
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    many, order = a.fid if run.fid_due(it) else 0, chosen(data, len(data.images))
+    n = min(len(order), FD_IMAGES)
     real = data.images[order[:n].to(run.device)]
-    labels, classes = (data.labels[order].cpu(), torch.arange(data.classes)) if a.cond else (None, None)
+    labels, classes = (data.labels.cpu()[order], torch.arange(data.classes)) if a.cond else (None, None)
     for k in steps:
         began = time.time()
         draws = 1 if net == "teacher" else k              # the diffusion sampler draws noise once

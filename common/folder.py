@@ -54,6 +54,8 @@ def write_config(folder, args, asked, file, data, **about):
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
     about = dict(script=script(file), argv=sys.argv, commit=commit.stdout.strip(), torch=torch.__version__,
                  data_sha256=data.sha256, classes=data.names, **about)
+    if data.classes:
+        about["images_per_class"] = data.labels.bincount(minlength=data.classes).tolist()
     about["asked"] = config_of(folder)["about"].get("asked", {}) if args.resume else dataclasses.asdict(asked)
     text = json.dumps(dataclasses.asdict(args) | dict(resume="", about=about), indent=1)
     (folder / "config.tmp").write_text(text)

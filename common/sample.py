@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common import edit, fid, teacher
 from common.data import load
-from common.evaluate import FD_IMAGES, picture
+from common.evaluate import FD_IMAGES, chosen, picture
 from common.fid import fd_pixels, noise_of, quantise
 from common.flags import BadInput, Parser, check_bounds, config_of, device_of, integers, known
 
@@ -44,7 +44,8 @@ def flags(argv=None):
     ap.add_argument("--patch", type=int, help="superres: pixels a side that become one [2, from 96 on size / 32]")
     ap.add_argument("--sigma", type=float, help="stroke, denoise: noise level [1, 0.5]; stroke adds one at 0.416 of it")
     ap.add_argument("--n", type=int, help=f"how many images [64; to edit: 16; to search: {FD_IMAGES}]")
-    ap.add_argument("--classes", type=integers, help="labels, such as 3,5; repeated up to --n [all; the images' own]")
+    ap.add_argument("--classes", type=integers, help="labels, such as 3,5; repeated up to --n [all in turn; not in "
+                    "a .png: as frequent as in the data; the images' own]")
     ap.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone [%(default)s]")
     ap.add_argument("--batch", type=int, default=256, help="images at a time [%(default)s]")
     ap.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto", help="[%(default)s]")
@@ -93,13 +94,12 @@ def images_of(a, args, size, channels):
     if a.images:
         return edit.read_images(a.images, size, channels)
     data = load(args.dataset, args.data_dir, args.size)
-    path = Path(a.run)
-    if data.sha256 != config_of(path if path.is_dir() else path.parent)["about"]["data_sha256"]:
+    if data.sha256 != config_of(folder_of(a.run))["about"]["data_sha256"]:
         raise BadInput(f"{data.name} no longer holds the images of this run; put them back, or see --data-dir")
     if a.edit:
         return data.images, data.labels
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))      # as in training
-    return data.images[order[:a.n or FD_IMAGES]], None
+    i = chosen(data, a.n or FD_IMAGES)                   # as in training, and with labels as frequent as there
+    return data.images[i], data.labels[i]
 
 
 def labels_of(a, classes, own):
@@ -116,11 +116,30 @@ def labels_of(a, classes, own):
     return labels
 
 
+def as_frequent(folder, n):
+    """n labels as frequent as in the data of the run: always that of the class furthest behind, so that the first
+    ones are the same for any n. None if config.json, of an older run, does not say how frequent they are."""
+    counts, labels = config_of(folder)["about"].get("images_per_class"), []
+    if counts is None:
+        return None
+    counts = torch.tensor(counts)
+    behind = torch.zeros_like(counts)
+    for _ in range(n):
+        behind += counts
+        labels.append(int(behind.argmax()))
+        behind[labels[-1]] -= counts.sum()
+    return torch.tensor(labels)
+
+
+def folder_of(path):
+    """The run folder of a path to it or to a checkpoint in it."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
 def load_run(path, device="cpu"):
     """A run folder, or a checkpoint in one -> (method, args, net): the module of its script, its flags as an instance
     of method.Args, and its averaged network, so that method.sample(net, noise, y, args) draws images. BadInput."""
-    path = Path(path)
-    config = config_of(path if path.is_dir() else path.parent)
+    config = config_of(folder_of(path))
     method = importlib.import_module(config["about"]["script"])
     return method, method.Args(**known(method.Args, config)), teacher.load(path, device)
 
@@ -160,10 +179,11 @@ def main(argv=None):
     if a.edit == "colorize" and channels == 1:
         raise BadInput("--edit colorize: the images of this run are grey; take another run")
     real, own = images_of(a, args, size, channels) if a.edit in EDITS or a.find_ts else (None, None)
-    labels = labels_of(a, classes, own)
-
     n = a.n or (64 if real is None else 16 if a.edit else FD_IMAGES)
     n = n if real is None else min(n, len(real))
+    if classes and out.suffix != ".png" and not (a.edit or a.find_ts):
+        own = as_frequent(folder_of(a.run), n)                    # an FID of these images compares them with the data
+    labels = labels_of(a, classes, own)
     cols = n if a.edit in EDITS else max(2, min(n, 8)) if a.edit else 0 if labels is None else len(labels)
     if labels is not None:                                        # interpolate: one for each row
         labels = labels[torch.arange(n) // (cols if a.edit == "interpolate" else 1) % len(labels)]

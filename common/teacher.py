@@ -279,9 +279,8 @@ def adopt(args, data, run):
 
 def train(args, run):
     """Train a teacher with the network and data of `args`; return its folder."""
-    its = wish(args, run, quiet=False)
-    say(f"training the teacher first: {its.iters:,} steps of {its.batch} images")
-    return main(its)["run"]
+    say("training the teacher first")
+    return main(wish(args, run, quiet=False))["run"]
 
 
 def is_diffusion(net, path):

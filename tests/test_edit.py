@@ -414,6 +414,34 @@ def test_labels_of_edits(colour, draw, monkeypatch):
     assert draw(colour, "--edit", "interpolate", "--ts", 80, "--n", 16)[1].tolist() == [0] * 8 + [1] * 8 == seen[-1]
 
 
+def test_a_search_draws_labels_as_frequent_as_in_the_data(colour, monkeypatch):
+    """In equal shares, where the data are not, each level would be measured against other classes than it drew."""
+    seen = []
+    monkeypatch.setattr(edit, "multistep", lambda net, noise, y, ts, *_: seen.append(y.tolist()) or noise[0])
+    monkeypatch.setattr(edit, "search", lambda score, lo, hi: score(1.0) and 1.0)
+    sample.main([str(colour), "--find-ts", "--n", "12"])
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:12]
+    assert seen[0] == [int(i) % 7 % 3 for i in order] and seen[0].count(0) != 4
+    assert all(y == seen[0] for y in seen)
+
+
+@pytest.mark.parametrize("found, verdict", [(20.0, "0.821 is better"), (0.9, "within the spread")])
+def test_a_level_that_is_no_better_is_not_recommended(found, verdict, grey, monkeypatch, capsys):
+    """Noise, or a level worse than the run's own, called the best."""
+    scores = {20.0: 3.0, 0.9: 0.97, 0.821: 1.0}
+    calls = []
+
+    def multistep(net, noise, y, ts, *first):
+        calls.append(ts[0])
+        return torch.full_like(noise[0], len(calls) / 1e3)
+    monkeypatch.setattr(edit, "multistep", multistep)
+    monkeypatch.setattr(sample, "fd_pixels", lambda real, images: scores.get(calls[-1], 0) + 0.01 * (len(calls) % 3))
+    monkeypatch.setattr(edit, "search", lambda score, lo, hi: score(found) and found)
+    sample.main([str(grey), "--find-ts", "--n", "8"])
+    out = capsys.readouterr().out
+    assert verdict in out and "keep the run's own level" in out and "best:" not in out
+
+
 @pytest.mark.parametrize("argv, hint", [
     ("--ts 81", "80"), ("--ts 80,80", "descend"), ("--ts 1,2", "descend"), ("--ts 1,0", "above 0"),
     ("--ts nan", "--ts"),

@@ -1,4 +1,6 @@
 """python -m common.sample: every docstring says which mistake the test catches."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,22 @@ def test_what_is_written_can_be_read_again(channels, train, draw, tmp_path):
     assert Image.open(file).size == pixels(4, 2), "a column for each of 4 classes"
     sheet = np.asarray(Image.open(file))[::4, ::4]                                # 8 pixels are shown as 32
     assert np.array_equal(sheet[:8, 9:17], made[1].permute(1, 2, 0).expand(-1, -1, 3))
+
+
+def test_labels_of_arrays_are_as_frequent_as_in_the_data(train, draw, tmp_path):
+    """An .npz in equal shares of classes 17:3, whose FID would be of another mixture; labels that depend on --n."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(20) // 17)
+    _, run = train("ect", "--dataset", str(tmp_path / "mine.npz"), "--cond", "--iters", "1")
+    many = draw(run, "--n", 40, out="many.npz")[1]
+    assert many.bincount().tolist() == [34, 6] and many[:20].bincount().tolist() == [17, 3]
+    assert torch.equal(draw(run, "--n", 7, out="few.npz")[1], many[:7])
+    assert draw(run, "--n", 4)[1].tolist() == [0, 1, 0, 1], "a grid shows each class"
+    assert draw(run, "--n", 4, "--classes", "1", out="ones.npz")[1].tolist() == [1] * 4
+    config = json.loads((run / "config.json").read_text())
+    del config["about"]["images_per_class"]                                       # an older run's
+    (run / "config.json").write_text(json.dumps(config))
+    assert draw(run, "--n", 4, out="old.npz")[1].tolist() == [0, 1, 0, 1]
 
 
 def test_classes_reach_the_network(train, draw, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from common import sample
 from common.data import load
 from common.fid import fd_pixels
-from common.evaluate import FD_IMAGES
+from common.evaluate import FD_IMAGES, chosen
 from common.flags import config_of
 
 
@@ -42,7 +42,7 @@ def main(argv=None):
     a = ap.parse_args(argv)
     config = config_of(a.runs[0])
     data = load(config["dataset"], a.data_dir, config["size"], "cpu")
-    real = data.images[torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))][:FD_IMAGES]
+    real = data.images[chosen(data, FD_IMAGES)]
     print(f"{'':50}{'FD':>8}{'precision':>11}{'recall':>8}{'coverage':>10}")
 
     def show(name, real, fake):

@@ -232,7 +232,7 @@ class Args:
     accum: int = 1                    # parts a rank's batch is split into, to save memory (>= 1)
     lr: float = 5e-5                  # learning rate after warm-up (> 0)
     warmup: int = 100                 # steps of linear warm-up (>= 0)
-    ema: float = 0.99929              # EMA decay; the averaged weights are sampled (>= 0, < 1)
+    ema: float = 0.99929              # EMA decay, used if sigma_rel is 0 (>= 0, < 1)
     flip: bool = False                # random horizontal flips
     bf16: bool = False                # bfloat16 activations; weights and loss stay float32
     compile: bool = False             # torch.compile the network

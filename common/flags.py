@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 # What --resume may change: how a run is watched, stored and sampled. All other flags define its result.
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips", "fid", "fid_every",
-              "device", "data_dir", "out", "resume"}
+              "shard", "device", "data_dir", "out", "resume"}
 # The cost that a preset states holds only while these flags keep the preset's values.
 COSTLY = ("iters", "batch", "net", "ch", "mult", "blocks", "attn", "size", "teacher", "teacher_iters", "fid")
 COMPARE = {">=": (operator.ge, "at least"), ">": (operator.gt, "above"), "<=": (operator.le, "at most"),

@@ -73,6 +73,8 @@ def work(out):
     for kind, argv in (("plain", []), ("shard", ["--shard"])):      # no dropout: masks follow the layout
         saw[kind] = train(out / kind, "--accum", "2", "--keep", "--log-every", "1", *argv)
         saw[f"{kind} resumed"] = train(out, "--resume", half(out / kind))
+        other = "--no-shard" if kind == "shard" else "--shard"
+        saw[f"{kind} changed"] = train(out, "--resume", half(out / kind, "changed"), other)
     saw["stopped"] = train(out / "stopped", "--save-every", "100", at={1: stop})
     saw["shard stopped"] = train(out / "nan", "--shard", "--save-every", "100", "--max-skips", "1",
                                  at={1: spoil, 2: stop})
@@ -163,13 +165,13 @@ def spoil(loss, stats):
     return loss * (float("nan") if rank == 0 else 1), stats
 
 
-def half(out):
+def half(out, name="half"):
     """A copy of the run below `out` that has just saved step 2."""
     from test_run import back_to
     if rank == 0:
-        back_to(out / "ect-digits-000", 2, out / "half")
+        back_to(out / "ect-digits-000", 2, out / name)
     dist.barrier()
-    return str(out / "half")
+    return str(out / name)
 
 
 if __name__ == "__main__":
@@ -187,7 +189,7 @@ def out(tmp_path_factory):
     p = subprocess.run([*torchrun, __file__, str(out)], capture_output=True, text=True, timeout=300, cwd=ROOT,
                        env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert p.returncode == 0, p.stderr[-6000:]
-    assert p.stdout.count("network ") == 9, "one table for each run, from the first rank"
+    assert p.stdout.count("network ") == 11, "one table for each run, from the first rank"
     return out
 
 
@@ -241,7 +243,7 @@ def test_a_run_on_two_ranks(both, out):
     """Two folders, weights that drift apart, a log of the first rank only, a result that one rank lacks."""
     a, b = (saw["plain"] for saw in both)
     run = out / "plain/ect-digits-000"
-    assert [p.name for p in run.parent.iterdir() if p.name != "half"] == ["ect-digits-000"]
+    assert [p.name for p in run.parent.iterdir() if p.name not in ("half", "changed")] == ["ect-digits-000"]
     assert equal(a["net"], b["net"]) and equal(a["net"], weights(run)) and a["result"] == b["result"]
     assert a["result"]["run"] == str(run) and a["result"].keys() >= {"fd_pixels_1step", "fd_pixels_2step"}
     for name in ("loss", "gap"):
@@ -271,11 +273,25 @@ def test_resume_on_two_ranks_is_exact(kind, out, both):
     assert second == first + first[2:]
 
 
+def near(a, b):
+    """Another memory layout sums in another order, and the norm in the loss magnifies that; hence 2e-3."""
+    return a.shape == b.shape and a.dtype == b.dtype and (a - b).norm() <= 2e-3 * a.norm()
+
+
+@pytest.mark.parametrize("kind", ["plain", "shard"])
+def test_a_run_goes_on_with_weights_split_or_whole(kind, out, both):
+    """More GPUs, or fewer, for the second half of a run: a flag that is refused, or a checkpoint of the other layout."""
+    config = json.loads((out / kind / "changed/config.json").read_text())
+    assert config["shard"] == (kind == "plain") and len(both[0][f"{kind} changed"]["ok"]) == 2
+    x, y = (torch.load(out / kind / name / "ckpt.pt", weights_only=True) for name in ("ect-digits-000", "changed"))
+    for part in ("net", "ema"):
+        assert all(near(x[part][k], y[part][k]) for k in x[part])
+    for i, state in x["opt"]["state"].items():
+        assert all(near(v, y["opt"]["state"][i][k]) for k, v in state.items())
+
+
 def test_a_sharded_run_equals_an_unsharded_one(both, out):
-    """Gradients summed instead of averaged, weights left whole after sampling, half a checkpoint.
-    Another memory layout sums in another order, and the norm in the loss magnifies that; hence 2e-3."""
-    def near(a, b):
-        return a.shape == b.shape and a.dtype == b.dtype and (a - b).norm() <= 2e-3 * a.norm()
+    """Gradients summed instead of averaged, weights left whole after sampling, half a checkpoint."""
     a, b = (out / kind / "ect-digits-000" for kind in ("plain", "shard"))
     for x, y in zip(lines(a / "log.jsonl"), lines(b / "log.jsonl"), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)

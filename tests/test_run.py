@@ -260,7 +260,7 @@ def refuses(capsys, tmp_path, monkeypatch):
         ("--lr", "0", "nan", "inf"), ("--ema", "1"), ("--ch", "3", "66"), ("--mult", "", "1,0"),
         ("--blocks", "0")) for value in values), (["--batch", "7", "--accum", "2"], "--accum"),
     (["--t-mid", "80"], "--t-mid"), (["--shard"], "torchrun"), (["--preset", "small"], "one preset"),
-    (["--size", "16"], "8 pixels"), (["--mult", "1,1,1,1,1"], "--mult"), (["--teacher", "absent"], "absent"),
+    (["--fid-every", "5"], "--fid-every needs --fid"), (["--size", "16"], "8 pixels"), (["--mult", "1,1,1,1,1"], "--mult"), (["--teacher", "absent"], "absent"),
     (["--dataset", "absent/folder"], "absent/folder")])
 def test_bad_flags_are_refused(argv, hint, refuses, tmp_path):
     assert hint in refuses(*TINY, "--out", tmp_path / "runs", *argv)

@@ -186,7 +186,7 @@ PRESETS = {
     "small": dict(cost="half an hour on two CPU cores, teacher included", net="ddpmpp", iters=500,
                   batch=64, lr=3e-4, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1,
                   save_every=500),
-    "digits": dict(cost="10 minutes on two CPU cores, teacher included", iters=1_500, lr=2e-4,
+    "digits": dict(cost="about 15 minutes on two CPU cores, teacher included", iters=1_500, lr=2e-4,
                    batch=128, warmup=50, ema=0.995, ch=32, net="ddpmpp",
                    mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=0.15, sd=0.75),
     "cifar10": dict(flip=True),

@@ -159,7 +159,7 @@ PRESETS = {
     "small": dict(cost="30 min on two CPU cores", net="ddpmpp", iters=2_000, batch=64, warmup=50,
                   lr=1e-3, ema=0.99, s1=60, mu0=0.05, ch=32, mult=(1, 1, 2), blocks=1,
                   save_every=500),
-    "digits": dict(cost="about 8 minutes on two CPU cores", iters=2_500, lr=1e-3, s1=60, mu0=0.05,
+    "digits": dict(cost="about 10 minutes on two CPU cores", iters=2_500, lr=1e-3, s1=60, mu0=0.05,
                    batch=128, warmup=50, ema=0.995, ch=32, net="ddpmpp",
                    mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=1.2, sd=0.75),
     "cifar10": dict(flip=True),

@@ -154,7 +154,7 @@ PRESETS = {
     # ours, for two CPU cores: small networks, short averages, no dropout: they underfit
     "small": dict(cost="30 min on two CPU cores", net="ddpmpp", iters=2_000, batch=64, warmup=50,
                   lr=1e-3, ema=0.99, dropout=0.0, ch=32, mult=(1, 1, 2), blocks=1, save_every=500),
-    "digits": dict(cost="about 8 minutes on two CPU cores", iters=2_500, lr=1e-3, dropout=0.0,
+    "digits": dict(cost="about 10 minutes on two CPU cores", iters=2_500, lr=1e-3, dropout=0.0,
                    batch=128, warmup=50, ema=0.995, ch=32, net="ddpmpp",
                    mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=1.2, sd=0.75),
     "cifar10": dict(flip=True),

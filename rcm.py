@@ -232,7 +232,7 @@ class Args:
     accum: int = 1                    # parts a rank's batch is split into, to save memory (>= 1)
     lr: float = 5e-5                  # learning rate after warm-up (> 0)
     warmup: int = 100                 # steps of linear warm-up (>= 0)
-    ema: float = 0.99929              # EMA decay, used if sigma_rel is 0 (>= 0, < 1)
+    ema: float = 0.99929              # EMA decay; the averaged weights are sampled (>= 0, < 1)
     flip: bool = False                # random horizontal flips
     bf16: bool = False                # bfloat16 activations; weights and loss stay float32
     compile: bool = False             # torch.compile the network
@@ -280,7 +280,7 @@ PRESETS = {
     "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=300, batch=64,
                   lr=1.5e-4, warmup=50, H=100, student_every=2, N_max=1, fake_lr=1.0, ch=32,
                   mult=(1, 1, 2), blocks=1, save_every=150),
-    "digits": dict(cost="10 min on two cores, with teacher", iters=1_250, lr=3e-4, N_max=1, ch=32,
+    "digits": dict(cost="15 min on two cores, with teacher", iters=1_250, lr=3e-4, N_max=1, ch=32,
                    save_every=250, batch=128, warmup=50, H=100, lambda_dmd=50.0, student_every=2,
                    fake_lr=1.0, mult=(1, 2), blocks=1, attn=(4,), sd=.75, D_mean=-.29, t_mid=.92),
     "mnist": dict(sd=.55, D_mean=-.6, t_mid=1.06),        # sd, its ln, sigma .98

@@ -166,7 +166,7 @@ PRESETS = {
     "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=450, batch=64,
                   warmup=50, lr_decay=150, H=150, ema=0.99, dropout=0.0, ch=32,
                   mult=(1, 1, 2), blocks=1, save_every=150),
-    "digits": dict(cost="about 8 minutes on two CPU cores, teacher included", iters=700, batch=128,
+    "digits": dict(cost="about 10 minutes on two CPU cores, teacher included", iters=700, batch=128,
                    warmup=50, lr_decay=150, H=150, ema=0.99, dropout=0.0, ch=32,
                    mult=(1, 2), blocks=1, attn=(4,), save_every=150, sd=0.75,
                    t_mid=0.92),

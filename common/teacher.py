@@ -124,7 +124,7 @@ PRESETS = {
     # ours: small networks for two CPU cores; the figure of `small` costs as much as 250 steps, so it comes once
     "small": dict(cost="about a quarter of an hour on two CPU cores", iters=1_000, batch=64, warmup=100, lr=1e-3,
                   ema=0.999, dropout=0.0, ch=32, mult=(1, 1, 2), blocks=1, save_every=1_000, steps=9),
-    "digits": dict(cost="about 4 minutes on two CPU cores", iters=1_600, batch=128, warmup=100, lr=2e-3, ema=0.999,
+    "digits": dict(cost="about 5 minutes on two CPU cores", iters=1_600, batch=128, warmup=100, lr=2e-3, ema=0.999,
                    dropout=0.0, ch=32, mult=(1, 2), blocks=1, attn=(4,), save_every=800, sd=0.75),
     "mnist": dict(sd=0.55),
     "fashion_mnist": dict(sd=0.66),

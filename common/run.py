@@ -60,7 +60,7 @@ class Run:
             raise BadInput("--mult takes one number for each resolution, such as 1,2,2")
         if args.shard and self.world == 1:
             raise BadInput("--shard needs several ranks; start with torchrun")
-        if args.fid_every and not args.fid:
+        if args.fid_every and not args.fid and not args.resume:           # a resumed run may do without its FIDs
             raise BadInput("--fid-every needs --fid, the number of images, such as 10000")
         if args.fid:
             fid.inception(args.data_dir, self.device)     # fetched now, and not after a day of training

@@ -36,7 +36,7 @@ import torch
 
 from common import teacher as teachers
 from common.data import load
-from common.flags import parse
+from common.flags import parse, say
 from common.networks import backbone
 from common.precond import EDM
 from common.run import Run
@@ -110,6 +110,7 @@ class Args:
     ema: float = 0.9999               # EMA decay; the averaged weights are sampled (>= 0, < 1)
     flip: bool = False                # random horizontal flips
     bf16: bool = False                # bfloat16 activations; weights and loss stay float32
+    tf32: bool = True                 # TensorFloat-32 products on CUDA: 10 bits of 23, and faster
     compile: bool = False             # torch.compile the network
     shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
     steps: int = 2                    # sampling steps (>= 1)
@@ -165,6 +166,8 @@ PRESETS = {
 def main(args):
     """Train with `args`; return {"run": folder, "fd_pixels_2step": 0.38, ..}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
+    if args.bf16:                                         # measured: tests/bench/README.md  # *
+        say("--bf16: at narrow gaps half or less of the direction of the gradient is left")  # *
     data = load(args.dataset, args.data_dir, args.size, run.device)
     teacher, found, changes = teachers.get(args, data, run)  # *
     args = run.resolve(**changes)                         # with a teacher: its architecture

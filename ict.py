@@ -32,7 +32,7 @@ import torch
 
 from common import teacher as teachers
 from common.data import load
-from common.flags import parse
+from common.flags import parse, say
 from common.networks import backbone
 from common.precond import EDM
 from common.run import Run
@@ -55,9 +55,9 @@ def times(n, it, args, device):
     """Draw n pairs of neighbouring noise levels t > r and their gaps t - r, each [n, 1, 1, 1]."""
     ts = karras(levels(it, args), args)
     p = torch.erf((ts.log() - args.P_mean) / (math.sqrt(2) * args.P_std)).diff()  # of r = t_1 ..
-    i = torch.multinomial(p.float().to(device), n, replacement=True).view(n, 1, 1, 1)
-    gap = ts.diff().float().to(device)                    # in float32 t - r would lose digits
-    ts = ts.float().to(device)
+    gap = ts.diff()                                       # in float32 t - r would lose digits
+    p, gap, ts = (v.float().to(device, non_blocking=True) for v in (p, gap, ts))
+    i = torch.multinomial(p, n, replacement=True).view(n, 1, 1, 1)
     return ts[i + 1], ts[i], gap[i]
 
 
@@ -119,6 +119,7 @@ class Args:
     ema: float = 0.99993              # EMA decay; the averaged weights are sampled (>= 0, < 1)
     flip: bool = False                # random horizontal flips
     bf16: bool = False                # bfloat16 activations; weights and loss stay float32
+    tf32: bool = True                 # TensorFloat-32 products on CUDA: 10 bits of 23, and faster
     compile: bool = False             # torch.compile the network
     shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
     steps: int = 2                    # sampling steps (>= 1)
@@ -168,6 +169,8 @@ PRESETS = {
 def main(args):
     """Train with `args`; return {"run": folder, "fd_pixels_2step": 0.38, ..}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet
+    if args.bf16:                                         # measured: tests/bench/README.md  # *
+        say("--bf16: at narrow gaps half or less of the direction of the gradient is left")  # *
     data = load(args.dataset, args.data_dir, args.size, run.device)
     teacher, found, changes = teachers.get(args, data, run)  # *
     args = run.resolve(**changes)                         # with a teacher: its architecture

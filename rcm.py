@@ -80,8 +80,7 @@ def average(it, args):
 
 def rounds(it, args):
     """N: in how many steps the student makes its images in step it. The same on every rank."""
-    generator = torch.Generator().manual_seed(it)
-    return int(torch.randint(1, args.N_max + 1, (1,), generator=generator))
+    return int(torch.randint(args.N_max, (1,), generator=torch.Generator().manual_seed(it))) + 1
 
 
 def times(x0, mean, std, args):
@@ -99,7 +98,8 @@ def sampling_times(K, args):
 def rollout_times(N, x0, args):
     """The times of a rollout, [N, B, 1, 1, 1]: that of sigma_max, then for each image the
     lowest of random ones drawn so far; with --rollout fixed those of the sampler."""
-    fixed = sampling_times(N, args).to(x0).view(-1, 1, 1, 1, 1).expand(N, len(x0), 1, 1, 1)
+    ts = sampling_times(N, args).to(x0, non_blocking=True)
+    fixed = ts.expand(len(x0), 1, 1, 1, N).movedim(4, 0)
     if args.rollout == "fixed":
         return fixed
     ts = [times(x0, args.D_mean, args.D_std, args) for _ in range(N - 1)]
@@ -235,6 +235,7 @@ class Args:
     ema: float = 0.99929              # EMA decay; the averaged weights are sampled (>= 0, < 1)
     flip: bool = False                # random horizontal flips
     bf16: bool = False                # bfloat16 activations; weights and loss stay float32
+    tf32: bool = True                 # TensorFloat-32 products on CUDA: 10 bits of 23, and faster
     compile: bool = False             # torch.compile the network
     shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
     steps: int = 2                    # sampling steps (>= 1)
@@ -317,10 +318,10 @@ def main(args):
     fake = run.place(deepcopy(net).eval())                # score of the student's images  # *
     net = run.place(net)
     if args.compile:                                      # jvp uses the uncompiled code  # *
-        net.model.compile()                               # *
-        fake.model.compile()                              # *
+        for m in (net, fake, teacher):                    # *
+            m.model.compile()                             # *
     opt_net, opt_fake = (torch.optim.AdamW(m.parameters(), lr=args.lr, betas=(0.0, 0.999),  # *
-                         weight_decay=0.01, foreach=True) for m in (net, fake))  # *
+                         weight_decay=0.01, fused=True) for m in (net, fake))  # *
     state = dict(net=net, ema=ema, fake=fake, opt=opt_net, opt_fake=opt_fake)  # *
     steps = sorted({1, args.steps})                       # numbers of sampling steps to test  # *
 

@@ -124,6 +124,7 @@ class Args:
     ema: float = 0.99929              # EMA decay; the averaged weights are sampled (>= 0, < 1)
     flip: bool = False                # random horizontal flips
     bf16: bool = False                # bfloat16 activations; weights and loss stay float32
+    tf32: bool = True                 # TensorFloat-32 products on CUDA: 10 bits of 23, and faster
     compile: bool = False             # torch.compile the network
     shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
     steps: int = 2                    # sampling steps (>= 1)
@@ -201,7 +202,8 @@ def main(args):
     ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
     net = run.place(net)
     if args.compile:                                      # jvp uses the uncompiled code  # *
-        net.model.compile()                               # *
+        for m in (net, teacher) if teacher else (net,):   # *
+            m.model.compile()                             # *
     opt = torch.optim.RAdam(net.parameters(), lr=args.lr, betas=(0.9, 0.99), foreach=True)  # *
     state = dict(net=net, ema=ema, opt=opt)               # *
     steps = sorted({1, args.steps})                       # numbers of sampling steps to test  # *

@@ -72,15 +72,17 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """F(x, c_noise, y): x [B, C, size, size], c_noise [B] or [1], y int64 [B] or None -> like x.
+    """F(x, c_noise, y, augment): x [B, C, size, size], c_noise [B] or [1], y int64 [B] or None, augment
+    [B, augment_dim] or None, which is as zeros -> like x.
 
     ch: width of a token; blocks: depth; heads of (about) 64 channels; patch: pixels along the side of a token;
-    classes: 0 for no label input. A label of -1, or y=None, means "no label". mult and attn describe U-Nets: they are
-    kept for the flags' sake and change nothing."""
-    def __init__(self, size, channels, ch=384, mult=(), blocks=12, attn=(), classes=0, dropout=0.0, net="dit", patch=2):
+    classes: 0 for no label input. A label of -1, or y=None, means "no label". augment_dim: as for a UNet. mult and attn
+    describe U-Nets: they are kept for the flags' sake and change nothing."""
+    def __init__(self, size, channels, ch=384, mult=(), blocks=12, attn=(), classes=0, dropout=0.0, net="dit", patch=2,
+                 augment_dim=0):
         super().__init__()
         self.kwargs = dict(size=size, channels=channels, ch=ch, mult=tuple(mult), blocks=blocks, attn=tuple(attn),
-                           classes=classes, dropout=dropout, net=net, patch=patch)
+                           classes=classes, dropout=dropout, net=net, patch=patch, augment_dim=augment_dim)
         heads = max(1, ch // 64)
         if size % patch:
             raise ValueError(f"images of {size} x {size} do not split into patches of {patch} x {patch}; "
@@ -92,21 +94,25 @@ class DiT(nn.Module):
         self.map_layer0, self.map_layer1 = Linear(ch, ch), Linear(ch, ch)
         if classes:                               # the last row, which -1 finds, is "no label"
             self.map_label = nn.Parameter(0.02 * torch.randn(classes + 1, ch))
+        if augment_dim:
+            self.map_augment = zero(Linear(augment_dim, ch, bias=False))
         self.patches = Linear(channels * patch**2, ch)
         self.blocks = nn.ModuleList(DiTBlock(ch, heads, dropout) for _ in range(blocks))
         self.modulation = zero(Linear(ch, 2 * ch))
         self.out = zero(Linear(ch, channels * patch**2))      # F starts as 0
 
-    def embed(self, c_noise, y):
-        """c, from the noise level [B or 1] and the label; in the precision of c_noise."""
+    def embed(self, c_noise, y, augment=None):
+        """c, from the noise level [B or 1] and the labels; in the precision of c_noise."""
         c = self.map_layer1(F.silu(self.map_layer0(sines(c_noise, self.ch))))
         if self.classes:
             y = torch.full((1,), -1, device=c.device) if y is None else y
             c = c + self.map_label.to(c.dtype)[y]
+        if augment is not None:
+            c = c + self.map_augment(augment.to(c.dtype))
         return F.silu(c)
 
-    def forward(self, x, c_noise, y=None):
-        c, n = self.embed(c_noise, y), x.shape[-1] // self.patch
+    def forward(self, x, c_noise, y=None, augment=None):
+        c, n = self.embed(c_noise, y, augment), x.shape[-1] // self.patch
         h = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)       # [B, tokens, C * patch^2]
         h = self.patches(h) + table(n, self.ch, c).to(h.dtype)  # recomputed: a buffer would be lost in a meta load
         for block in self.blocks:

@@ -136,9 +136,10 @@ def resumed(cls, given):
 
 
 def known(cls, config):
-    """The fields of `cls` that a config.json holds, also where an older script called them otherwise."""
+    """The fields of `cls` that a config.json holds, also where an older script called them otherwise; `added` holds
+    what older runs did where they did not have a field."""
     renamed = getattr(cls, "renamed", {})
-    config = {renamed.get(k, k): v for k, v in config.items()}
+    config = getattr(cls, "added", {}) | {renamed.get(k, k): v for k, v in config.items()}
     return {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
 
 

@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from common.flags import ROOT, BadInput, config_of, say, script
@@ -128,12 +127,14 @@ def full(tree):
     def whole(v):
         if not torch.is_tensor(v):
             return v
-        return (v.full_tensor() if isinstance(v, DTensor) else v).cpu()
+        return (v.full_tensor() if hasattr(v, "full_tensor") else v).cpu()
     return tree_map(whole, tree)
 
 
 def shard_like(saved, owner):
     """The inverse of `full`: split the saved tensors as those of `owner`, a sharded module or its optimiser, are."""
+    from torch.distributed.tensor import DTensor, distribute_tensor      # a second of start-up, for --shard alone
+
     def split(v, p):
         same = isinstance(p, DTensor) and torch.is_tensor(v) and v.shape == p.shape
         return distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if same else v

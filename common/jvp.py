@@ -1,10 +1,14 @@
 """The derivative of a network along a direction of its inputs (Jacobian-vector product), in a pass of its own that
 keeps no graph. Needs torch alone."""
+import warnings
 from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
 from torch.autograd import forward_ad
+
+# torch compiles a few derivatives this way when the first one is taken; nobody here can do it otherwise.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 precise = False                                           # true while a derivative is taken; then activations are ..
 # .. float32 at least, also in networks that otherwise compute in bfloat16: see TrigFlow.F
@@ -15,14 +19,25 @@ def dual(*tensors):
     return not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def along(fn, derivative, x):
+    """fn(x), whose tangent is derivative(x, dx). torch has rules of its own for the layers that use this; they also
+    multiply with the zero tangents of the weights, in Python, which takes most of the time of a small pass."""
+    if not dual(x):
+        return fn(x)
+    x, dx = forward_ad.unpack_dual(x)
+    return forward_ad.make_dual(fn(x), derivative(x, dx))
+
+
 @contextmanager
-def exactly():
-    """Compute without TF32 and bfloat16, whose rounding errors a derivative magnifies, and without compiled code: it
-    knows no tangents, and a compiled module that meets one stays uncompiled ever after."""
+def exactly(tf32):
+    """Compute without bfloat16, whose rounding errors a derivative magnifies, with TF32 only if `tf32` and the caller
+    allow it, and without compiled code: it knows no tangents, and a compiled module that meets one stays uncompiled
+    ever after."""
     global precise
     precise, matmul, conv = True, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    if not tf32:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
@@ -40,7 +55,7 @@ def jvp(fn, primals, tangents, exact=True):
     exact=False takes a central difference instead, for networks without forward-mode derivative; fn is then called
     twice, and must draw the same random numbers in both calls. RuntimeError if the tangent is lost altogether."""
     tangents = [v.to(x.dtype) for x, v in zip(primals, tangents)]         # a mixture would pass without an error
-    with exactly():
+    with exactly(tf32=exact):                             # a difference of near values would be of rounding errors
         if not exact:
             def at(s):
                 return fn(*(x + s * v for x, v in zip(primals, tangents)))

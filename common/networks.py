@@ -1,6 +1,7 @@
 """From the flags, or from a checkpoint's description, to a network."""
 import torch
 
+from common.augment import LABELS
 from common.dit import DiT
 from common.flags import BadInput
 from common.precond import EDM, TrigFlow
@@ -25,12 +26,13 @@ def backbone(args, data, teacher=None, **more):
     and images do not fit each other."""
     _, channels, size, _ = data.images.shape
     if teacher is not None:
-        kwargs = dict(teacher.model.kwargs, dropout=args.dropout)
+        kwargs = dict(teacher.model.kwargs, dropout=args.dropout, augment_dim=0)
     else:
         if getattr(args, "flow", "edm") == "trig":
             more |= dict(norm="double", fourier=0.02)
         kwargs = dict(size=size, channels=channels, ch=args.ch, mult=args.mult, blocks=args.blocks, attn=args.attn,
-                      classes=data.classes if args.cond else 0, dropout=args.dropout, net=args.net)
+                      classes=data.classes if args.cond else 0, dropout=args.dropout, net=args.net,
+                      augment_dim=LABELS if getattr(args, "augment", 0) else 0)
         kwargs |= more if NETS[args.net] is UNet else {}
     if args.cond and not data.classes:
         raise BadInput(f"--cond: {data.name} has no labels")
@@ -39,5 +41,7 @@ def backbone(args, data, teacher=None, **more):
     except ValueError as e:
         raise BadInput(f"--net {args.net}: {e}")
     if teacher is not None:
-        model.load_state_dict(teacher.model.state_dict())
+        weights = teacher.model.state_dict()
+        weights.pop("map_augment.weight", None)           # only the teacher sees augmented images
+        model.load_state_dict(weights)
     return model

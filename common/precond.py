@@ -20,7 +20,8 @@ class EDM(nn.Module):
     t is the standard deviation of the noise, > 0, [B,1,1,1]. With t_min > 0 the coefficients are those with which
     f(x, t_min) = x holds exactly (CM, arXiv:2303.01469, App. C). With t_min = 0 it holds in the limit t -> 0, and f has
     the form of EDM's denoiser D(x; t). F computes in `dtype`, all around it in float32 (float64 if dtype is float64):
-    coefficients in bfloat16 would lose small noise levels. forward: x [B,C,H,W] -> the same shape."""
+    coefficients in bfloat16 would lose small noise levels. forward: x [B,C,H,W] -> the same shape; other keywords go to
+    the model."""
     def __init__(self, model, sd=0.5, t_min=0.0, dtype=torch.float32):
         super().__init__()
         self.model, self.sd, self.t_min, self.dtype = model, sd, t_min, dtype
@@ -30,14 +31,14 @@ class EDM(nn.Module):
         """What networks.build needs to make this network again, beside its weights."""
         return dict(flow="edm", net=self.model.kwargs["net"], kwargs=self.model.kwargs, sd=self.sd, t_min=self.t_min)
 
-    def forward(self, x, t, y=None):
+    def forward(self, x, t, y=None, **more):
         check_shape(x, t)
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t, sd = x.to(wide), t.to(wide), self.sd
         c_in = 1 / (t**2 + sd**2).sqrt()
         c_skip = sd**2 / ((t - self.t_min) ** 2 + sd**2)
         c_out = (t - self.t_min) * sd / (t**2 + sd**2).sqrt()
-        F = self.model((c_in * x).to(self.dtype), (t.log() / 4).flatten(), y)
+        F = self.model((c_in * x).to(self.dtype), (t.log() / 4).flatten(), y, **more)
         return c_skip * x + c_out * F.to(wide)
 
 
@@ -63,13 +64,14 @@ class TrigFlow(nn.Module):
         """As that of EDM."""
         return dict(flow="trig", net=self.model.kwargs["net"], kwargs=self.model.kwargs, sd=self.sd, raw=self.raw)
 
-    def F(self, x, t, y=None):
-        """The network itself: x [B,C,H,W], t [B,1,1,1], y [B] or None -> [B,C,H,W]."""
+    def F(self, x, t, y=None, **more):
+        """The network itself: x [B,C,H,W], t [B,1,1,1], y [B] or None -> [B,C,H,W]; other keywords go to the model."""
         check_shape(x, t)
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t = x.to(wide), t.to(wide)
         c_noise = t if self.raw == "trig" else (self.sd * t.tan()).log() / 4
-        F = self.model((x / self.sd).to(wide if jvp.precise else self.dtype), c_noise.flatten(), y).to(wide)
+        F = self.model((x / self.sd).to(wide if jvp.precise else self.dtype), c_noise.flatten(), y, **more)
+        F = F.to(wide)
         return F if self.raw == "trig" else -F
 
     def weigh(self, t):

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from common import evaluate, fid, folder
@@ -36,7 +33,8 @@ class Run:
             torch.cuda.set_device(self.device)
             self.device_name = torch.cuda.get_device_name(self.device)
             torch.backends.cudnn.benchmark = True
-            torch.set_float32_matmul_precision("high")    # TF32
+            torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = args.tf32
         if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
             backend = dict(backend="nccl", device_id=self.device) if dev == "cuda" else dict(backend="gloo")
             dist.init_process_group(**backend)
@@ -90,6 +88,8 @@ class Run:
         layout = torch.contiguous_format if self.args.shard else torch.channels_last  # FSDP2 takes no other
         net = net.to(self.device, memory_format=layout)
         if self.args.shard:
+            from torch.distributed.device_mesh import init_device_mesh   # a second of start-up, which others save
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
             mesh = init_device_mesh(self.device.type, (self.world,))
             for block in [m for m in net.modules() if type(m).__name__.endswith("Block")]:
                 fully_shard(block, mesh=mesh)
@@ -166,7 +166,7 @@ class Run:
         such steps this raises FloatingPointError on all ranks. DistributedDataParallel is not used: its hooks are
         skipped without a message when the module underneath is called or differentiated forward."""
         grads = [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
         t, loss = (torch.cat([s[k].flatten().float() for s in self.step]) for k in ("t", "loss"))
         bad = ~(torch.stack(torch._foreach_norm(local)).sum() + loss.sum()).isfinite()
         own = torch.stack([bad.float(), torch.full_like(loss[0], self.signum != 0)])

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.jvp import dual
+from common.jvp import along, dual
 
 # Weights stay float32; each layer casts its own to the dtype of the activations. Unlike autocast this
 # also works under forward-mode differentiation, and it needs no list of exceptions.
@@ -26,7 +26,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        w, b = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        return along(lambda x: F.linear(x, w, b), lambda x, dx: F.linear(dx, w), x)
 
 
 class Conv2d(nn.Module):
@@ -44,9 +45,13 @@ class Conv2d(nn.Module):
             self.register_buffer("resample_filter", torch.outer(f, f)[None, None])
 
     def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return along(lambda x: self.linear(x, bias), lambda x, dx: self.linear(dx), x)
+
+    def linear(self, x, b=None):
         if self.weight is None:
             return self.resample(x)
-        w, b = self.weight, self.bias.to(x.dtype)
+        w = self.weight
         if self.up and self.copies and w.shape[-1] == 3:  # the same sum in 16 products per pixel of x instead of 36
             return F.conv_transpose2d(x, copy_then(w).to(x.dtype), b, stride=2, padding=1)
         first = self.fused or self.up and self.copies     # a 1 x 1 kernel may come first, which costs a quarter
@@ -85,11 +90,14 @@ class GroupNorm(nn.Module):
 
     def forward(self, x):
         w, b = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if not dual(x):
-            return F.group_norm(x, self.groups, w, b, self.eps)
-        # torch 2.11's derivative of group_norm refuses channels_last. The layout is restored: dropout masks follow it.
-        layout = torch.channels_last if x.is_cpu and not x.is_contiguous() else torch.contiguous_format
-        return F.group_norm(x.contiguous(), self.groups, w, b, self.eps).contiguous(memory_format=layout)
+
+        def derivative(x, dx):
+            x, dx = (v.unflatten(1, (self.groups, -1)) for v in (x, dx))
+            x, dx = (v - v.mean((2, 3, 4), keepdim=True) for v in (x, dx))
+            var = x.square().mean((2, 3, 4), keepdim=True) + self.eps
+            dx = (dx - x * ((x * dx).mean((2, 3, 4), keepdim=True) / var)) / var.sqrt()
+            return dx.flatten(1, 2) * w[:, None, None]
+        return along(lambda x: F.group_norm(x, self.groups, w, b, self.eps), derivative, x)
 
 
 def xavier(*shape):
@@ -107,7 +115,10 @@ def attention(q, k, v):
 
 def pnorm(x):
     """x divided by the root mean square of its channels (dimension 1): sCM's pnorm."""
-    return x / (x.square().mean(1, keepdim=True) + 1e-8).sqrt()
+    def derivative(x, dx):
+        r = (x.square().mean(1, keepdim=True) + 1e-8).sqrt()
+        return (dx - x * ((x * dx).mean(1, keepdim=True) / r**2)) / r
+    return along(lambda x: x / (x.square().mean(1, keepdim=True) + 1e-8).sqrt(), derivative, x)
 
 
 class UNetBlock(nn.Module):
@@ -158,18 +169,20 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """F(x, c_noise, y): x [B, C, size, size], c_noise [B] or [1], y int64 [B] or None -> like x.
+    """F(x, c_noise, y, augment): x [B, C, size, size], c_noise [B] or [1], y int64 [B] or None, augment
+    [B, augment_dim] or None, which is as zeros -> like x.
 
     mult: the width of each resolution as a multiple of ch, from full size down, with `blocks` blocks each; attn: the
     sizes with attention; classes: 0 for no label input, else a label of -1, or y=None, means "no label"; fourier: the
-    scale of ncsnpp's random frequencies. norm="double" also normalises the scale and shift that come from the noise
-    level (sCM, arXiv:2410.11081, Sec. 4.1), which bounds their derivative in it. ValueError: size and mult, or ch and
-    attention, do not fit each other."""
+    scale of ncsnpp's random frequencies; augment_dim: labels of common/augment.py, 0 for none.
+    norm="double" also normalises the scale and shift that come from the noise level (sCM, arXiv:2410.11081, Sec. 4.1),
+    which bounds their derivative in it. ValueError: size and mult, or ch and attention, do not fit each other."""
     def __init__(self, size, channels, ch=128, mult=(2, 2, 2), blocks=4, attn=(16,), classes=0, dropout=0.0,
-                 net="ddpmpp", fourier=16.0, norm="single"):
+                 net="ddpmpp", fourier=16.0, norm="single", augment_dim=0):
         super().__init__()
         self.kwargs = dict(size=size, channels=channels, ch=ch, mult=tuple(mult), blocks=blocks, attn=tuple(attn),
-                           classes=classes, dropout=dropout, net=net, fourier=fourier, norm=norm)
+                           classes=classes, dropout=dropout, net=net, fourier=fourier, norm=norm,
+                           augment_dim=augment_dim)
         if size % 2 ** (len(mult) - 1):
             raise ValueError(f"images of {size} x {size} cannot be halved {len(mult) - 1} times; shorten --mult")
         self.net, self.ch, self.classes, c_emb = net, ch, classes, 4 * ch
@@ -180,6 +193,8 @@ class UNet(nn.Module):
             self.map_noise.register_buffer("freqs", fourier * torch.randn(ch))  # fixed; the checkpoints list it
         if classes:
             self.map_label = Linear(classes, c_emb if adm else c_noise, bias=not adm)
+        if augment_dim:
+            self.map_augment = Linear(augment_dim, c_noise, bias=False)
         self.map_layer0, self.map_layer1 = Linear(c_noise, c_emb), Linear(c_emb, c_emb)
 
         def block(c_in, c_out, **kw):
@@ -230,15 +245,16 @@ class UNet(nn.Module):
         """ADM's own initialisation: weights and biases uniform up to 1/sqrt(fan_in), the last layer of a block zero."""
         for name, layer in self.named_modules():
             if isinstance(layer, (Linear, Conv2d)) and layer.weight is not None:
-                bound = 0 if name.endswith(("conv1", "proj", "out_conv")) else layer.weight[0].numel() ** -0.5
+                zero = name.endswith(("conv1", "proj", "out_conv", "map_augment"))
+                bound = 0 if zero else layer.weight[0].numel() ** -0.5
                 for p in layer.parameters():
                     nn.init.uniform_(p, -bound, bound)
         if self.classes:
             nn.init.normal_(self.map_label.weight)
 
-    def embed(self, c_noise, y):
-        """c_noise [B] or [1], y [B] or None -> [B or 1, 4 ch]: sinusoids of the noise level and the label, through two
-        layers, in the precision of c_noise."""
+    def embed(self, c_noise, y, augment=None):
+        """c_noise [B] or [1], y and augment [B, ..] or None -> [B or 1, 4 ch]: sinusoids of the noise level and the
+        labels, through two layers, in the precision of c_noise."""
         adm, half = self.net == "adm", self.ch // 2
         if self.net == "ncsnpp":
             freqs = 2 * math.pi * self.map_noise.freqs.to(c_noise.dtype)
@@ -248,6 +264,8 @@ class UNet(nn.Module):
         a = c_noise[:, None] * freqs
         e = torch.cat([a.cos(), a.sin()] if adm else [a.sin(), a.cos()], 1)   # as in the checkpoints
         label = 0
+        if augment is not None:
+            e = e + self.map_augment(augment.to(e.dtype))
         if self.classes:
             y = torch.full((1,), -1, device=e.device) if y is None else y
             onehot = (y[:, None] == torch.arange(self.classes, device=e.device)).to(e.dtype)
@@ -255,8 +273,8 @@ class UNet(nn.Module):
         e = self.map_layer1(F.silu(self.map_layer0(e if adm else e + label)))
         return F.silu(e + label if adm else e)
 
-    def forward(self, x, c_noise, y=None):
-        emb, skips, aux = self.embed(c_noise, y).to(x.dtype), [], x
+    def forward(self, x, c_noise, y=None, augment=None):
+        emb, skips, aux = self.embed(c_noise, y, augment).to(x.dtype), [], x
         for name, layer in self.enc.items():
             if name.endswith("aux_residual"):     # ncsnpp: the image at this size joins, and replaces the last skip
                 x = aux = (x + layer(aux)) * math.sqrt(0.5)

@@ -44,7 +44,7 @@ def test_the_number_of_levels_fits_the_segments(K, N, capsys):
     ("--solver rk4", "--solver"), ("--t-mid 0.002", "--t-mid")])
 def test_bad_input_is_one_line_before_anything_is_trained_or_written(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)       # not installed
-    monkeypatch.setattr(teacher, "train", lambda *a: pytest.fail("trained a teacher first"))
+    monkeypatch.setattr(teacher, "main", lambda *a: pytest.fail("trained a teacher first"))
     with pytest.raises(BadInput) as e:
         cd.main(parse(cd.Args, cd.PRESETS, ["--device", "cpu", "--iters", "1", "--out", str(tmp_path / "runs"), *flags.split()]))
     err = capsys.readouterr().err

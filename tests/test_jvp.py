@@ -88,7 +88,8 @@ def test_a_lost_tangent_is_an_error():
 
 
 def test_precision_is_full_inside_and_restored_after():
-    """TF32 has ten bits: it would drown the derivative. Also after an error, or every later product would be slow."""
+    """TF32 has ten bits: it would drown a difference. Restored after an error, too, or every later product would be slow;
+    in the exact derivative the caller's choice holds."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     seen = []
     try:
@@ -96,10 +97,12 @@ def test_precision_is_full_inside_and_restored_after():
         torch.backends.cudnn.allow_tf32 = True
         state = lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
         f = lambda x: seen.append(state()) or x * x
-        for exact in (True, False):
-            jvp(f, (torch.ones(2),), (torch.ones(2),), exact)
+        jvp(f, (torch.ones(2),), (torch.ones(2),))
+        assert set(seen) == {("high", True)}
+        seen.clear()
+        jvp(f, (torch.ones(2),), (torch.ones(2),), exact=False)
         with pytest.raises(ZeroDivisionError):
-            jvp(lambda x: 1 / 0, (torch.ones(2),), (torch.ones(2),))
+            jvp(lambda x: 1 / 0, (torch.ones(2),), (torch.ones(2),), exact=False)
         assert set(seen) == {("highest", False)} and state() == ("high", True)
     finally:
         torch.set_float32_matmul_precision(before[0])
@@ -121,6 +124,31 @@ def test_compiled_networks_are_passed_by_and_stay_compiled():
         got = jvp(net, (x, c), (x, c))
         assert len(runs) == n and all(torch.equal(a, b) for a, b in zip(got, want))
     torch._dynamo.reset()
+
+
+def test_layers_have_rules_of_their_own():
+    """A rule that is off, in any family, or that loses the part of the tangent from another input: against torch.func,
+    which differentiates the plain layers, in float64."""
+    import common.unet
+    for family, kw in (FAMILIES | dict(double=dict(norm="double"))).items():
+        net = random_net(**kw)
+        g = torch.Generator().manual_seed(0)
+        size = net.kwargs["size"]
+        x, v = (torch.randn(2, net.kwargs["channels"], size, size, generator=g).double() for _ in "ab")
+        c, y = torch.rand(2, generator=g).double(), torch.zeros(2, dtype=torch.int64)
+        with torch.no_grad():
+            got = jvp(lambda x, c: net(x, c, y), (x, c), (v, torch.ones_like(c)))
+            with pytest.MonkeyPatch.context() as mp:
+                mp.setattr(common.unet, "along", lambda fn, derivative, x: fn(x))
+                want = torch.func.jvp(lambda x, c: net(x, c, y), (x, c), (v, torch.ones_like(c)))
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(got, want)), family
+
+
+def test_no_warning_of_a_layer_below(shell):
+    """torch announces the end of torch.jit at each start of scm.py; nobody who reads it can do anything about it."""
+    code = ("import torch, common.jvp as j; x = torch.ones(2, 2);"
+            "print(j.jvp(lambda x: torch.nn.functional.layer_norm(x * x, (2,)), (x,), (x,))[1].shape)")
+    assert shell("-W", "error::FutureWarning", "-c", code).stderr == ""
 
 
 # ---- probe ---------------------------------------------------------------------------------------
@@ -206,7 +234,7 @@ def test_probe_finds_one_lost_layer(part):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_the_derivative_has_full_precision(dtype):
-    """As a run sets it up, TF32 on: against float64 on the CPU. TF32 or bfloat16 inside would be off by 1e-3 and more."""
+    """As a run sets it up, TF32 on: against float64 on the CPU. bfloat16 inside would be off by 3e-2 and more."""
     net = random_net(norm="double", classes=0)
     wide, narrow = TrigFlow(net, dtype=torch.float64), TrigFlow(random_net(norm="double", classes=0).float(), dtype=dtype)
     x, t, v = torch.randn(4, 3, 16, 16).double(), torch.rand(4, 1, 1, 1).double(), torch.randn(4, 3, 16, 16).double()
@@ -218,7 +246,7 @@ def test_on_a_gpu_the_derivative_has_full_precision(dtype):
         got = jvp(narrow.F, *[[a.float().cuda() for a in pair] for pair in ((x, t), (v, torch.ones_like(t)))])
     finally:
         torch.set_float32_matmul_precision(before)
-    assert all((a.cpu() - b).norm() < 1e-4 * b.norm() for a, b in zip(got, want))
+    assert all((a.cpu() - b).norm() < 5e-3 * b.norm() for a, b in zip(got, want))
     probe(narrow.F, (3, 16, 16), "cuda")
 
 

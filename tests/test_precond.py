@@ -205,7 +205,7 @@ class Gauss(torch.nn.Module):
 def test_diffusion_loss_at_the_exact_denoiser():
     """E|D - x0|^2 = s^2 t^2 / (s^2 + t^2) per pixel: summed over pixels, weighted by (t^2 + sd^2) / (t sd)^2."""
     torch.manual_seed(0)
-    args = teacher.Args(P_std=0.0, P_mean=math.log(0.9), sd=0.5)
+    args = teacher.Args(P_std=0.0, P_mean=math.log(0.9), sd=0.5, augment=0.0)
     x0 = 0.3 + 0.6 * torch.randn(40_000, 1, 2, 2, dtype=torch.float64)
     loss, stats = teacher.loss_fn(Gauss(), x0, None, args)
     expect = 4 * 0.36 * 0.81 / (0.36 + 0.81) * (0.81 + 0.25) / (0.81 * 0.25)
@@ -218,7 +218,7 @@ def test_diffusion_weight_at_known_levels(monkeypatch):
     z = torch.tensor([-2, -0.7, 0, 0.9, 2.1]).view(5, 1, 1, 1)
     monkeypatch.setattr(torch, "randn", lambda *a, **k: z)
     x0 = torch.zeros(5, 1, 1, 1)
-    _, stats = teacher.loss_fn(lambda x, t, y: torch.ones_like(x), x0, None, teacher.Args())
+    _, stats = teacher.loss_fn(lambda x, t, y: torch.ones_like(x), x0, None, teacher.Args(augment=0.0))
     assert torch.allclose(stats["t"].flatten(), torch.tensor([0.0273237, 0.1300287, 0.3011942, 0.8869205, 3.743421]))
     assert torch.allclose(stats["loss"], torch.tensor([1343.431, 63.14547, 15.02318, 5.271249, 4.071361]))
 
@@ -227,7 +227,7 @@ def test_label_dropout_drops_its_share():
     torch.manual_seed(0)
     seen = []
     net = lambda x, t, y: seen.append(y) or x
-    teacher.loss_fn(net, torch.zeros(4000, 1, 1, 1), torch.arange(4000) % 10, teacher.Args(label_dropout=0.25))
+    teacher.loss_fn(net, torch.zeros(4000, 1, 1, 1), torch.arange(4000) % 10, teacher.Args(label_dropout=0.25, augment=0.0))
     assert abs((seen[0] == -1).float().mean() - 0.25) < 0.03
     assert torch.equal(seen[0][seen[0] >= 0], (torch.arange(4000) % 10)[seen[0] >= 0])
 
@@ -282,7 +282,7 @@ class GaussTrig(torch.nn.Module):
 def test_trigflow_loss_at_the_exact_velocity():
     """sd F - v = -(D - x0) / sin t, so that E = s^2 t^2 / (s^2 + t^2) / sin^2 per pixel, e^w times that less w."""
     torch.manual_seed(0)
-    args, sigma = teacher.Args(P_std=0.0, P_mean=math.log(0.9), sd=0.5, flow="trig"), 0.9
+    args, sigma = teacher.Args(P_std=0.0, P_mean=math.log(0.9), sd=0.5, flow="trig", augment=0.0), 0.9
     x0 = 0.3 + 0.6 * torch.randn(40_000, 1, 2, 2, dtype=torch.float64)
     d = 0.36 * sigma**2 / (0.36 + sigma**2) / math.sin(math.atan(sigma / 0.5)) ** 2
     for w in (0.0, 0.7):

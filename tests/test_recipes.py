@@ -70,9 +70,9 @@ def step(monkeypatch, tmp_path):
             return out
 
         def call(name, real):
-            def f(self, x, t, y=None):
+            def f(self, x, t, y=None, **more):
                 seen.calls.append((self, y))
-                return real(self, x, t, y)
+                return real(self, x, t, y, **more)
             f.__name__ = name                             # the probe looks it up
             return f
 
@@ -186,9 +186,9 @@ def test_rcm_times_of_the_scores():
 
 def test_teacher(step):
     """EDM, Table 7, CIFAR-10 (train.py's defaults): 200 Mimg of 512, lr 10e-4 after 10 Mimg, Adam (.9, .999), dropout
-    .13, half-life 0.5 Mimg, flips off; Table 1: -1.2, 1.2. TrigFlow's, sCM App. G.1, has the same."""
+    .13, augmentation .12, half-life 0.5 Mimg, flips off; Table 1: -1.2, 1.2. TrigFlow's, sCM App. G.1, has the same."""
     holds("common.teacher", **DDPMPP, iters=390_625, batch=512, lr=1e-3, warmup=19_531, ema=0.99929, dropout=0.13,
-          flip=False, P_mean=-1.2, P_std=1.2, t_min=0.002, t_max=80.0, rho=7.0, steps=18, ema_ramp=0.05)
+          flip=False, P_mean=-1.2, P_std=1.2, t_min=0.002, t_max=80.0, rho=7.0, steps=18, ema_ramp=0.05, augment=0.12)
     for it, lr in ((0, 0.0), (1, 5.12e-8), (10_000, 5.12e-4), (19_531, 1e-3), (390_624, 1e-3)):
         s = step("common.teacher", it)
         assert s.opt == ("Adam", pytest.approx(lr, rel=1e-4), (0.9, 0.999), 1e-8, 0)

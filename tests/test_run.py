@@ -948,3 +948,12 @@ def test_noise_of_an_image_is_its_own():
     assert len({float(v) for v in whole.flatten()}) == whole.numel(), "slices or images that repeat"
     wide = noise_of(range(200), 2, shape, "cpu")
     assert abs(wide.mean()) < 0.03 and abs(wide.std() - 1) < 0.02
+
+
+@pytest.mark.parametrize("script, warns", [("ect", True), ("ict", True), ("ct", False), ("scm", False)])
+def test_bfloat16_at_narrow_gaps_is_said_to_cost_the_gradient(script, warns, train, capsys):
+    """A run that learns from noise, and does not say so."""
+    train(script, "--iters", "1", "--bf16")
+    assert ("direction of the gradient" in capsys.readouterr().out) is warns
+    train(script, "--iters", "1")
+    assert "direction of the gradient" not in capsys.readouterr().out

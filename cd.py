@@ -53,7 +53,7 @@ def karras(N, args):
 
 def times(n, it, args, device):
     """Draw n pairs of levels t > r and the lower edge s <= r of their segment; [n, 1, 1, 1]."""
-    ts = karras(args.N, args).float().to(device, non_blocking=True)
+    ts = karras(args.N, args).float().to(device, non_blocking=True)  # no wait
     i = torch.randint(len(ts) - 1, (n, 1, 1, 1), device=device)
     width = (len(ts) - 1) // args.boundaries              # of a segment
     return ts[i + 1], ts[i], ts[i // width * width]

@@ -63,7 +63,7 @@ def karras(N, args):
 
 def times(n, it, args, device):
     """Draw n pairs of neighbouring noise levels t > r, each [n, 1, 1, 1]."""
-    ts = karras(levels(it, args), args).float().to(device, non_blocking=True)
+    ts = karras(levels(it, args), args).float().to(device, non_blocking=True)  # no wait
     i = torch.randint(len(ts) - 1, (n, 1, 1, 1), device=device)
     return ts[i + 1], ts[i]
 

@@ -56,7 +56,7 @@ def times(n, it, args, device):
     ts = karras(levels(it, args), args)
     p = torch.erf((ts.log() - args.P_mean) / (math.sqrt(2) * args.P_std)).diff()  # of r = t_1 ..
     gap = ts.diff()                                       # in float32 t - r would lose digits
-    p, gap, ts = (v.float().to(device, non_blocking=True) for v in (p, gap, ts))
+    p, gap, ts = (v.float().to(device, non_blocking=True) for v in (p, gap, ts))  # no wait
     i = torch.multinomial(p, n, replacement=True).view(n, 1, 1, 1)
     return ts[i + 1], ts[i], gap[i]
 

@@ -98,8 +98,8 @@ def sampling_times(K, args):
 def rollout_times(N, x0, args):
     """The times of a rollout, [N, B, 1, 1, 1]: that of sigma_max, then for each image the
     lowest of random ones drawn so far; with --rollout fixed those of the sampler."""
-    ts = sampling_times(N, args).to(x0, non_blocking=True)
-    fixed = ts.expand(len(x0), 1, 1, 1, N).movedim(4, 0)
+    fixed = sampling_times(N, args).to(x0, non_blocking=True)  # a GPU is not waited for
+    fixed = fixed.expand(len(x0), 1, 1, 1, N).movedim(4, 0)
     if args.rollout == "fixed":
         return fixed
     ts = [times(x0, args.D_mean, args.D_std, args) for _ in range(N - 1)]

@@ -45,8 +45,8 @@ def change(x, a):
         x = torch.where(a[name].view(-1, 1, 1, 1) > 0, x.flip(dim), x)
     s, q = 2 ** (0.2 * a["scale"]), 2 ** (0.2 * a["stretch"])
     A = turned(a["turn"] - a["axis"]) @ torch.diag_embed(torch.stack([1 / q, q], 1) / s[:, None]) @ turned(a["axis"])
-    size = torch.stack([a["shift_x"] * x.shape[3], a["shift_y"] * x.shape[2]], 1) / 8
-    return resample(x, A, -A @ size[:, :, None])
+    shift = torch.stack([a["shift_x"] * x.shape[3], a["shift_y"] * x.shape[2]], 1) / 8
+    return resample(x, A, -A @ shift[:, :, None])
 
 
 def resample(x, A, b):

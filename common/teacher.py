@@ -204,7 +204,7 @@ def load(path, device="cpu"):
 
 
 SAME = ("dataset", "data_dir", "out", "device", "seed", "cond", "size", "flow", "net", "ch", "mult", "blocks", "attn",
-        "accum", "bf16", "compile", "shard", "grid", "fid", "sd")   # flags that a method hands to its teacher
+        "accum", "bf16", "tf32", "compile", "shard", "grid", "fid", "sd")   # flags that a method hands to its teacher
 MATCH = ("cond", "flow", "net", "ch", "mult", "blocks", "attn", "sd")  # what a teacher found under --out must share
 Found = namedtuple("Found", "folder diffuses")            # a run folder or None; is it a denoiser, or an f(x, t)?
 

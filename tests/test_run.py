@@ -950,6 +950,13 @@ def test_noise_of_an_image_is_its_own():
     assert abs(wide.mean()) < 0.03 and abs(wide.std() - 1) < 0.02
 
 
+def test_the_teacher_computes_as_its_method_does(train):
+    """--no-tf32 or --bf16 for the student alone."""
+    _, run = train("ect", "--teacher", "train", "--teacher-iters", "1", "--iters", "1", "--no-tf32", "--bf16")
+    its = json.loads((run.parent / "teacher-digits-000/config.json").read_text())
+    assert its["tf32"] is False and its["bf16"] is True
+
+
 @pytest.mark.parametrize("script, warns", [("ect", True), ("ict", True), ("ct", False), ("scm", False)])
 def test_bfloat16_at_narrow_gaps_is_said_to_cost_the_gradient(script, warns, train, capsys):
     """A run that learns from noise, and does not say so."""

@@ -334,7 +334,7 @@ def main(args):
     it = run.start(state, data)                           # 0, or the step from which to resume
     teachers.show(teacher, found, run, data)              # *
     say(f"  t_mid     {args.t_mid:g}: noise level {args.sd * math.tan(args.t_mid):.3g}")  # *
-    teacher = trig(teacher)                               # TrigFlow's F from either flow  # *
+    teacher = trig(teacher)                               # float32 in any case: see scm.py  # *
     while it < args.iters:
         students = is_students(it, args)                  # whose step it is  # *
         opt = opt_net if students else opt_fake           # *

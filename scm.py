@@ -217,6 +217,7 @@ def main(args):
     it = run.start(state, data)                           # 0, or the step from which to resume
     teachers.show(teacher, found, run, data)              # *
     say(f"  t_mid     {args.t_mid:g}: noise level {args.sd * math.tan(args.t_mid):.3g}")  # *
+    # float32 also with --bf16: g holds F - F_T, of which rounding would leave little.  # *
     teacher = trig(teacher) if args.mode == "scd" else None  # TrigFlow's F from either flow  # *
     while it < args.iters:
         for part in range(args.accum):

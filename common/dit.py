@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.unet import Linear, attention
+from common.unet import Linear, attention, cast
 
 # As in unet.py: float32 weights, cast by each layer to the dtype of its input. Tokens have the dtype of the image; c,
 # the linear maps that read it, the norms of q and k and the table are computed in float32 at least.
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), x.shape[-1:], self.weight.to(wide), self.eps).to(x.dtype)
+        return cast(F.rms_norm(cast(x, wide), x.shape[-1:], self.weight.to(wide), self.eps), x.dtype)
 
 
 def modulate(x, scale, shift):
@@ -63,7 +63,7 @@ class DiTBlock(nn.Module):
         self.mlp0, self.mlp1 = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, h, c):
-        scale0, shift0, gate0, scale1, shift1, gate1 = self.modulation(c).to(h.dtype)[:, None].chunk(6, 2)
+        scale0, shift0, gate0, scale1, shift1, gate1 = cast(self.modulation(c), h.dtype)[:, None].chunk(6, 2)
         q, k, v = self.qkv(modulate(h, scale0, shift0)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         a = attention(self.q_norm(q), self.k_norm(k), v)      # [B, heads, tokens, width / heads]
         h = h + gate0 * self.proj(a.transpose(1, 2).flatten(2))
@@ -117,6 +117,6 @@ class DiT(nn.Module):
         h = self.patches(h) + table(n, self.ch, c).to(h.dtype)  # recomputed: a buffer would be lost in a meta load
         for block in self.blocks:
             h = block(h, c)
-        scale, shift = self.modulation(c).to(h.dtype)[:, None].chunk(2, 2)
+        scale, shift = cast(self.modulation(c), h.dtype)[:, None].chunk(2, 2)
         h = self.out(modulate(h, scale, shift))
         return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, (n, n)), self.patch)

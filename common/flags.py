@@ -239,3 +239,13 @@ def device_of(flag):
     if flag != "cpu" and not (torch.cuda if flag == "cuda" else torch.backends.mps).is_available():
         raise BadInput(f"--device {flag}: there is no such device here; leave --device out")
     return flag
+
+
+def memory(device):
+    """Peak memory of this process in GB: of the GPU if there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":                                 # it has no such module
+        return 0.0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from common import jvp
-from common.unet import Linear
+from common.unet import Linear, cast
 
 
 def check_shape(x, t):
@@ -38,8 +38,8 @@ class EDM(nn.Module):
         c_in = 1 / (t**2 + sd**2).sqrt()
         c_skip = sd**2 / ((t - self.t_min) ** 2 + sd**2)
         c_out = (t - self.t_min) * sd / (t**2 + sd**2).sqrt()
-        F = self.model((c_in * x).to(self.dtype), (t.log() / 4).flatten(), y, **more)
-        return c_skip * x + c_out * F.to(wide)
+        F = self.model(cast(c_in * x, self.dtype), (t.log() / 4).flatten(), y, **more)
+        return c_skip * x + c_out * cast(F, wide)
 
 
 class TrigFlow(nn.Module):
@@ -70,8 +70,8 @@ class TrigFlow(nn.Module):
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t = x.to(wide), t.to(wide)
         c_noise = t if self.raw == "trig" else (self.sd * t.tan()).log() / 4
-        F = self.model((x / self.sd).to(wide if jvp.precise else self.dtype), c_noise.flatten(), y, **more)
-        F = F.to(wide)
+        F = self.model(cast(x / self.sd, wide if jvp.precise else self.dtype), c_noise.flatten(), y, **more)
+        F = cast(F, wide)
         return F if self.raw == "trig" else -F
 
     def weigh(self, t):

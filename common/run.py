@@ -19,13 +19,15 @@ from tqdm import tqdm
 
 from common import evaluate, fid, folder
 from common.data import mix
-from common.flags import BadInput, check_bounds, config_of, device_of, say, script
+from common.flags import BadInput, check_bounds, config_of, device_of, memory, say, script
 
 
 class Run:
     """A run and its folder. Public attributes: args, device, rank, world (number of ranks), dir."""
+    others = 0.0                                          # seconds that other runs of this process took: the teacher's
 
     def __init__(self, args, file):
+        self.born = time.time() - Run.others
         dev = device_of(args.device)
         self.device = torch.device(dev, int(os.environ.get("LOCAL_RANK", 0)) if dev == "cuda" else None)
         self.device_name = f"{dev}, {torch.get_num_threads()} threads"
@@ -107,6 +109,7 @@ class Run:
         if self.rank == 0:
             folder.write_config(self.dir, a, self.asked, self.file, data, ranks=self.world, device=self.device_name)
         self.began, self.start_it, self.logged = time.time(), it, (time.time(), it)
+        self.spent = {"evaluation": 0.0, "saves": 0.0, "start-up": self.began - Run.others - self.born}  # seconds
         self.reset()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -250,10 +253,12 @@ class Run:
 
     def save(self, it, state):
         """Write a checkpoint of `state`, then obey a signal, if there was one. All ranks take part."""
+        start = time.time()
         ckpt = {k: folder.full(dict(v.state_dict())) for k, v in state.items()}
         if self.rank == 0:
             ckpt |= dict(it=it, config=dataclasses.asdict(self.args), model=state["net"].spec)
             folder.save(self.dir, ckpt, self.args.keep)
+        self.spent["saves"] += time.time() - start
         if stop := self.stopping or self.signum:          # the latter came while saving
             self.close()
             say(f"stopped by a signal after step {it}, saved; go on with: "
@@ -266,6 +271,7 @@ class Run:
         evaluate.evaluate(self, it, data, draw, steps, **how)
         self.evaluating, self.evaluated, spent = False, it, time.time() - start
         self.began, self.logged = self.began + spent, (self.logged[0] + spent, self.logged[1])
+        self.spent["evaluation"] += spent
 
     def finish(self, it, data, draw, steps, **how):
         """Evaluate if the last step was not, print the table, return {"run": folder, "fd_pixels_2step": value, ..}."""
@@ -275,6 +281,10 @@ class Run:
         if self.world > 1:
             dist.barrier()                                # rank 0 has written its lines
         result = dict(run=str(self.dir)) | evaluate.table(self, it)
+        total = time.time() - Run.others - self.born
+        Run.others += total
+        shares = ", ".join(f"{k} {v / total:.1%}" for k, v in self.spent.items())
+        say(f"{total / 60:.1f} min, of which {shares}")
         say(f"grids in {self.dir / 'samples'}, weights in {self.dir / 'ckpt.pt'}")
         return result
 
@@ -283,13 +293,3 @@ class Run:
         self.bar.close()
         for s, handler in self.before.items():
             signal.signal(s, handler)
-
-
-def memory(device):
-    """Peak memory of this process in GB: of the GPU if there is one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":                                 # it has no such module
-        return 0.0
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

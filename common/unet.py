@@ -16,6 +16,25 @@ from common.jvp import along, dual
 
 # Weights stay float32; each layer casts its own to the dtype of the activations. Unlike autocast this
 # also works under forward-mode differentiation, and it needs no list of exceptions.
+SCALE = 16.0                      # of the gradients of float16 tensors
+
+
+class Half(torch.autograd.Function):
+    """`cast` where one of the two types is float16."""
+    @staticmethod
+    def forward(ctx, x, dtype):
+        ctx.back, ctx.scale = x.dtype, SCALE if x.dtype == torch.float16 else 1 / SCALE
+        return x.to(dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        return (g.float() * ctx.scale).to(ctx.back), None
+
+
+def cast(x, dtype):
+    """x in `dtype`. The gradients of float16 tensors are kept SCALE times too large: many would vanish, as a median of
+    2e-4 and a hundredth below 3e-7 were measured in ECT's activations on CIFAR-10. Its weights' reach 130, of 65504."""
+    return x.to(dtype) if x.dtype == dtype or torch.float16 not in (x.dtype, dtype) else Half.apply(x, dtype)
 
 
 class Linear(nn.Module):
@@ -26,7 +45,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
 
     def forward(self, x):
-        w, b = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        w, b = cast(self.weight, x.dtype), None if self.bias is None else cast(self.bias, x.dtype)
         return along(lambda x: F.linear(x, w, b), lambda x, dx: F.linear(dx, w), x)
 
 
@@ -45,7 +64,7 @@ class Conv2d(nn.Module):
             self.register_buffer("resample_filter", torch.outer(f, f)[None, None])
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = None if self.bias is None else cast(self.bias, x.dtype)
         return along(lambda x: self.linear(x, bias), lambda x, dx: self.linear(dx), x)
 
     def linear(self, x, b=None):
@@ -53,9 +72,9 @@ class Conv2d(nn.Module):
             return self.resample(x)
         w = self.weight
         if self.up and self.copies and w.shape[-1] == 3:  # the same sum in 16 products per pixel of x instead of 36
-            return F.conv_transpose2d(x, copy_then(w).to(x.dtype), b, stride=2, padding=1)
+            return F.conv_transpose2d(x, cast(copy_then(w), x.dtype), b, stride=2, padding=1)
         first = self.fused or self.up and self.copies     # a 1 x 1 kernel may come first, which costs a quarter
-        x = F.conv2d(x if first else self.resample(x), w.to(x.dtype), b, padding=w.shape[-1] // 2 + self.fused)
+        x = F.conv2d(x if first else self.resample(x), cast(w, x.dtype), b, padding=w.shape[-1] // 2 + self.fused)
         return self.resample(x) if first else x
 
     def resample(self, x):
@@ -89,7 +108,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        w, b = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        w, b = cast(self.weight, x.dtype), cast(self.bias, x.dtype)
 
         def derivative(x, dx):
             x, dx = (v.unflatten(1, (self.groups, -1)) for v in (x, dx))
@@ -274,7 +293,7 @@ class UNet(nn.Module):
         return F.silu(e + label if adm else e)
 
     def forward(self, x, c_noise, y=None, augment=None):
-        emb, skips, aux = self.embed(c_noise, y, augment).to(x.dtype), [], x
+        emb, skips, aux = cast(self.embed(c_noise, y, augment), x.dtype), [], x
         for name, layer in self.enc.items():
             if name.endswith("aux_residual"):     # ncsnpp: the image at this size joins, and replaces the last skip
                 x = aux = (x + layer(aux)) * math.sqrt(0.5)

@@ -43,7 +43,7 @@ FEATURES = ["--cond", "--accum", "2", "--flip", "--dropout", "0.1"]
 
 
 @pytest.mark.parametrize("script, flags", [
-    ("ect", ["--bf16", *FEATURES]), ("ct", ["--bf16", *FEATURES]), ("ict", FEATURES), ("ict", ["--net", "ncsnpp"]),
+    ("ect", ["--bf16", *FEATURES]), ("ct", ["--bf16", *FEATURES]), ("ict", ["--fp16", *FEATURES]), ("ict", ["--net", "ncsnpp"]),
     ("cd", FEATURES), ("cd", ["--cond", "--guidance", "0.5", "--boundaries", "2"]),
     ("scm", ["--bf16", *FEATURES]), ("scm", ["--mode", "scd", "--cond"]), ("scm", ["--jvp", "fd"]),
     ("rcm", ["--N-max", "3", "--H", "1", *FEATURES]), ("rcm", ["--rollout", "fixed", "--N-max", "3", "--H", "0"]),

@@ -22,6 +22,7 @@ from PIL import Image
 
 import ect
 import ict
+from common import evaluate as evaluation
 from common import teacher as teachers
 from common.data import load
 from common.networks import backbone
@@ -964,3 +965,33 @@ def test_bfloat16_at_narrow_gaps_is_said_to_cost_the_gradient(script, warns, tra
     assert ("direction of the gradient" in capsys.readouterr().out) is warns
     train(script, "--iters", "1")
     assert "direction of the gradient" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["ect", "ict"])
+def test_float16(script, train, monkeypatch, capsys, tmp_path):
+    """A flag that does nothing, or gives way to another without a word."""
+    method, seen = importlib.import_module(script), []
+    loss_fn = method.loss_fn
+    monkeypatch.setattr(method, "loss_fn", lambda net, *a: (seen.append(net.dtype), loss_fn(net, *a))[1])
+    metrics, _ = train(script, "--iters", "2", "--fp16")
+    assert set(seen) == {torch.float16} and all(math.isfinite(v) for k, v in metrics.items() if k != "run")
+    shutil.rmtree(tmp_path / "runs")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        train(script, "--fp16", "--bf16")
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and "two precisions" in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_the_end_says_where_the_time_went(train, capsys, monkeypatch):
+    """Evaluation that counts as training; the minutes of a teacher that count as its student's start."""
+    train("common.teacher", "--iters", "1")               # what the first run of a process pays for
+    loss_fn, evaluate = teachers.loss_fn, evaluation.evaluate
+    monkeypatch.setattr(teachers, "loss_fn", lambda *a: (time.sleep(2), loss_fn(*a))[1])
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: (time.sleep(1), evaluate(*a, **k))[1])
+    capsys.readouterr()
+    train("ect", "--teacher", "train", "--teacher-iters", "2", "--iters", "4", "--save-every", "2")
+    shares = [[float(v) for v in re.findall(r"([\d.]+)%", line)] for line in capsys.readouterr().out.splitlines()
+              if "of which evaluation" in line]
+    (teacher, *_), (student, saves, start) = shares
+    assert 10 < teacher < 40 and student > 50 and saves < 10 and start < 30, shares

@@ -1,10 +1,14 @@
 """The networks against the obvious way of writing them (tests/bench/obvious.py) and against known counts."""
+import itertools
+
 import pytest
 import torch
 from bench import obvious
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import unet
+from common.dit import DiT
+from common.precond import EDM, TrigFlow
 from common.unet import UNet
 
 
@@ -251,6 +255,30 @@ def test_bfloat16_and_channels_last_change_little(family):
     assert torch.allclose(a, last, atol=1e-4 * float(a.abs().max()))
     half = net(x.bfloat16(), c, y)
     assert half.dtype == torch.bfloat16 and (half - a).norm() < 0.05 * a.norm()
+
+@pytest.mark.parametrize("net", ["ddpmpp", "ncsnpp", "adm", "dit"])
+@pytest.mark.parametrize("small", [1.0, 0.01])
+def test_float16_keeps_gradients_and_float32_weights(net, small):
+    """A cast past `cast`: the gradient of a layer is 16 times too large or too small. With `small`: gradients that
+    float16 cannot hold vanish, where they are not kept larger."""
+    model = DiT(8, 3, ch=64, blocks=2, classes=10) if net == "dit" else random_net(net=net, ch=64).float()
+    torch.manual_seed(1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    grads = []
+    for wrap, dtype in itertools.product((EDM, TrigFlow), (torch.float32, torch.float16)):
+        f, k = wrap(model, dtype=dtype), model.kwargs
+        x = torch.randn(4, 3, k["size"], k["size"], generator=torch.Generator().manual_seed(0)).requires_grad_()
+        model.zero_grad()
+        out = f(x, torch.full((4, 1, 1, 1), 0.7), torch.arange(4))
+        assert out.dtype == torch.float32
+        (small * out.square().sum()).backward()
+        grads.append({k: p.grad / small for k, p in model.named_parameters()} | dict(x=x.grad / small))
+        grads[-1] |= {f"{k}, q": g[:len(g) // 3] for k, g in grads[-1].items() if k.endswith("qkv.weight") and small == 1}
+    for full, half in (grads[:2], grads[2:]):
+        assert all(p.dtype == torch.float32 for p in half.values())
+        off = {k: float((half[k] - g).norm() / g.norm()) for k, g in full.items() if g.norm() > 0}
+        assert len(off) > 20 and max(off.values()) < (0.01 if small == 1 else 0.03), sorted(off.items(), key=lambda i: -i[1])[:3]
 
 
 # ---- adaptive double normalisation ---------------------------------------------------------------

@@ -131,7 +131,7 @@ PRESETS = {
     "small": dict(cost="about a quarter of an hour on two CPU cores", iters=1_000, batch=64, warmup=100, lr=1e-3,
                   ema=0.999, dropout=0.0, ch=32, mult=(1, 1, 2), blocks=1, save_every=1_000, steps=9, augment=0.0),
     "digits": dict(cost="about 5 minutes on two CPU cores", iters=1_600, batch=128, warmup=100, lr=2e-3, ema=0.999,
-                   dropout=0.0, ch=32, mult=(1, 2), blocks=1, attn=(4,), save_every=800, sd=0.75, augment=0.0),
+                   dropout=0.0, ch=32, mult=(1, 2), blocks=1, attn=(4,), save_every=1_600, sd=0.75, augment=0.0),
     "mnist": dict(sd=0.55, augment=0.0),
     "fashion_mnist": dict(sd=0.66, augment=0.0),
 }

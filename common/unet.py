@@ -110,12 +110,15 @@ class GroupNorm(nn.Module):
     def forward(self, x):
         w, b = cast(self.weight, x.dtype), cast(self.bias, x.dtype)
 
-        def derivative(x, dx):
-            x, dx = (v.unflatten(1, (self.groups, -1)) for v in (x, dx))
-            x, dx = (v - v.mean((2, 3, 4), keepdim=True) for v in (x, dx))
-            var = x.square().mean((2, 3, 4), keepdim=True) + self.eps
-            dx = (dx - x * ((x * dx).mean((2, 3, 4), keepdim=True) / var)) / var.sqrt()
-            return dx.flatten(1, 2) * w[:, None, None]
+        def spread(v):                            # [B, groups] -> [B, C, 1, 1]
+            return v.repeat_interleave(len(w) // self.groups, 1)[:, :, None, None]
+
+        def mean(v):                              # over a group
+            return spread(v.mean((2, 3)).unflatten(1, (self.groups, -1)).mean(2))
+
+        def derivative(x, dx):                    # n has mean 0 and variance 1 in each group
+            n, _, rstd = torch.native_group_norm(x, None, None, *x.shape[:2], x[0, 0].numel(), self.groups, self.eps)
+            return torch.addcmul(dx - mean(dx), n, mean(n * dx), value=-1) * (spread(rstd) * w[:, None, None])
         return along(lambda x: F.group_norm(x, self.groups, w, b, self.eps), derivative, x)
 
 

@@ -7,6 +7,7 @@ Images from any run: a run folder, or one of its checkpoints. --out ends in .png
 import importlib
 import math
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from common import edit, fid, teacher
 from common.data import load
 from common.evaluate import FD_IMAGES, chosen, picture
 from common.fid import fd_pixels, noise_of, quantise
-from common.flags import BadInput, Parser, check_bounds, config_of, device_of, integers, known
+from common.flags import ROOT, BadInput, Parser, check_bounds, config_of, device_of, integers, known, script
 
 EDITS = ("inpaint", "colorize", "superres", "stroke", "denoise")                 # of images; interpolate has none
 FOR = dict(images=EDITS, mask=("inpaint",), patch=("superres",), sigma=("stroke", "denoise"))
@@ -136,11 +137,23 @@ def folder_of(path):
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
+def script_called(name):
+    """The module that config.json names as its script. Raises BadInput unless it is one of this checkout: a run folder
+    from elsewhere must not choose what is executed."""
+    files = [*ROOT.glob("*.py"), ROOT / "common/teacher.py", *ROOT.glob("tests/bench/*.py")]
+    if name in map(script, files):
+        sys.path.insert(0, str(ROOT))                     # before the working directory, which may hold another
+        module = importlib.import_module(name)
+        if hasattr(module, "Args") and hasattr(module, "sample"):
+            return module
+    raise BadInput(f"its config.json names the script {name!r}, which is not one of this checkout; nothing was run")
+
+
 def load_run(path, device="cpu"):
     """A run folder, or a checkpoint in one -> (method, args, net): the module of its script, its flags as an instance
     of method.Args, and its averaged network, so that method.sample(net, noise, y, args) draws images. BadInput."""
     config = config_of(folder_of(path))
-    method = importlib.import_module(config["about"]["script"])
+    method = script_called(config["about"]["script"])
     return method, method.Args(**known(method.Args, config)), teacher.load(path, device)
 
 

@@ -1,10 +1,12 @@
 """python -m common.sample: every docstring says which mistake the test catches."""
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import pixels, snapshot
+from conftest import ROOT, pixels, snapshot
 from PIL import Image
 
 from common import sample
@@ -175,3 +177,29 @@ def test_a_file_started_by_its_path_says_how_to_start_it(name, shell):
     p = shell(f"common/{name}.py", "runs/x", "--steps", "2", PYTHONPATH="")
     assert p.returncode == 2 and p.stdout == "" and p.stderr.count("\n") == 1
     assert p.stderr.startswith("error: ") and p.stderr.endswith(f"python -m common.{name} runs/x --steps 2\n")
+
+
+@pytest.mark.parametrize("name", ["x", "os", "common.flags", "tests.bench.gpu", "tests.conftest", "../x", "", None, ["ect"]])
+def test_a_run_folder_does_not_choose_what_runs(name, train, tmp_path):
+    """A folder from elsewhere, and a module of its own beside it: read, never imported."""
+    _, run = train("ect", "--iters", "1")
+    (tmp_path / "x.py").write_text("open('ran', 'w')\nclass Args: pass\ndef sample(): pass\n")
+    config = json.loads((run / "config.json").read_text())
+    config["about"]["script"] = name
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.MonkeyPatch.context() as mp, pytest.raises(SystemExit) as e:
+        mp.syspath_prepend(tmp_path)
+        mp.chdir(tmp_path)
+        sample.main([str(run), "--out", "grid.png"])
+    assert e.value.code == 2 and not (tmp_path / "ran").exists() and not (tmp_path / "grid.png").exists()
+    assert "is not one of this checkout" in e.value.message, e.value.message
+
+
+def test_a_script_of_the_working_directory_does_not_take_the_place_of_ours(train, tmp_path):
+    """`ect` found where the user happens to be: a folder from elsewhere with an ect.py."""
+    _, run = train("ect", "--iters", "1")
+    (tmp_path / "ect.py").write_text("open('ran', 'w')\nclass Args: pass\ndef sample(): pass\n")
+    code = (f"import sys; sys.path.insert(1, {str(ROOT)!r}); from common import sample;"
+            f"sample.main([{str(run)!r}, '--n', '1', '--device', 'cpu'])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "grid.png").exists() and not (tmp_path / "ran").exists(), done.stderr

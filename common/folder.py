@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -65,13 +66,26 @@ def write_config(folder, args, asked, file, data, **about):
         shutil.copy(file, folder / "source" / file.relative_to(ROOT))
 
 
-def figures(folder):
-    """The lines of eval.jsonl; one that a kill has torn is passed over."""
-    path, found = Path(folder) / "eval.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+def lines(path):
+    """The objects of a .jsonl file; a line that a kill has torn is passed over."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-    return found
+    return [v for v in found if isinstance(v, dict)]
+
+
+def figures(folder):
+    """The lines of eval.jsonl."""
+    return lines(Path(folder) / "eval.jsonl")
+
+
+def cut_logs(folder, it):
+    """Take the steps after `it`, which will be made again, out of log.jsonl and eval.jsonl, and what a kill has torn."""
+    for path in (folder / "log.jsonl", folder / "eval.jsonl"):
+        kept = [line for line in lines(path) if line.get("it", 0) <= it]
+        path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(path.with_suffix(".tmp"), path)
 
 
 def described(path):
@@ -95,28 +109,39 @@ def save(folder, ckpt, keep):
     except BaseException:                                 # a full disk leaves the old checkpoint
         tmp.unlink(missing_ok=True)
         raise
-    if new.exists():
+    if intact(new):                                       # else the one before it is worth more
         os.replace(new, old)
     os.replace(tmp, new)
     if keep:
-        shutil.copy(new, folder / f"ckpt-{ckpt['it']:07d}.pt")
+        shutil.copy(new, tmp)
+        os.replace(tmp, folder / f"ckpt-{ckpt['it']:07d}.pt")
+
+
+def intact(file):
+    """Does this checkpoint hold the bytes that were written? torch.load does not look at the checksums in the file. torch
+    compresses nothing: what is compressed may be a small file that fills the memory."""
+    try:
+        with zipfile.ZipFile(file) as z:
+            return all(i.compress_type == zipfile.ZIP_STORED for i in z.infolist()) and z.testzip() is None
+    except Exception:                                     # zipfile raises many kinds for a damaged file
+        return False
 
 
 def load(path):
     """The newest readable checkpoint of a run folder, or a checkpoint file, on the CPU; BadInput if there is none."""
     path, why = Path(path), "there is none"
-    files = [path / "ckpt.pt", path / "ckpt.prev.pt"] if path.is_dir() else [path]
+    # ckpt.tmp is the newest where a kill came between the two renames; otherwise it is not intact
+    files = [path / f"ckpt.{ending}" for ending in ("pt", "tmp", "prev.pt")] if path.is_dir() else [path]
+    files = [f for f in files if f.exists()]
     for f in files:
         try:
-            ckpt = torch.load(f, map_location="cpu", weights_only=True)
+            ckpt = torch.load(f, map_location="cpu", weights_only=True) if intact(f) else None
             if isinstance(ckpt, dict) and "model" in ckpt:
                 return ckpt
-            why = "the file is not one of these scripts'"
-        except FileNotFoundError:
-            continue
-        except Exception as e:                            # torch raises many kinds for a damaged file
+            why = "damaged, or not of torch.save" if ckpt is None else "the file is not one of these scripts'"
+        except Exception as e:                            # torch raises many kinds
             why = type(e).__name__
-        if f != files[-1] and files[-1].exists():
+        if f != files[-1]:
             say(f"{f} cannot be read ({why}); trying the checkpoint before it")
     raise BadInput(f"no readable checkpoint in {path} ({why}); name a run folder or a checkpoint in one; "
                    "a teacher may also be one of EDM's .pkl files, or the address of one")

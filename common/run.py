@@ -140,6 +140,8 @@ class Run:
         if config_of(self.dir)["about"]["data_sha256"] != data.sha256:
             raise BadInput(f"--resume {self.dir}: {data.name} no longer holds the images that this run began with")
         ckpt = folder.load(self.dir)
+        if self.rank == 0:
+            folder.cut_logs(self.dir, ckpt["it"])
         for k, v in state.items():
             v.load_state_dict(folder.shard_like(ckpt[k], v) if self.args.shard else ckpt[k])
         return ckpt["it"]

@@ -153,7 +153,7 @@ PRESETS = {
     "small": dict(cost="about half an hour on two CPU cores, teacher included", q=16.0,
                   double=10**9, P_mean=0.0, P_std=1.6, t_mid=2.0, iters=600, batch=64, lr=1.5e-4,
                   warmup=50, ema=0.99, dropout=0.0, ch=32, mult=(1, 1, 2), blocks=1,
-                  save_every=300),
+                  save_every=600),
     "digits": dict(cost="about 10 minutes on two CPU cores, teacher included", q=256.0,
                    double=10**9, iters=1_000, lr=5e-4, warmup=50, ema=0.99, dropout=0.0, ch=32,
                    mult=(1, 2), blocks=1, attn=(4,), save_every=250, t_mid=1.2, sd=0.75),

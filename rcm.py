@@ -280,7 +280,7 @@ PRESETS = {
     "fast": dict(cost="20,000 steps of 256 images", flow="edm", iters=20_000, batch=256),
     "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=300, batch=64,
                   lr=1.5e-4, warmup=50, H=100, student_every=2, N_max=1, fake_lr=1.0, ch=32,
-                  mult=(1, 1, 2), blocks=1, save_every=150),
+                  mult=(1, 1, 2), blocks=1, save_every=300),
     "digits": dict(cost="15 min on two cores, with teacher", iters=1_250, lr=3e-4, N_max=1, ch=32,
                    save_every=250, batch=128, warmup=50, H=100, lambda_dmd=50.0, student_every=2,
                    fake_lr=1.0, mult=(1, 2), blocks=1, attn=(4,), sd=.75, D_mean=-.29, t_mid=.92),

@@ -166,10 +166,10 @@ PRESETS = {
     # at 1.5e-4 one seed in three on the digits broke down as ramp reached 1. sCD bears 5e-4
     "small": dict(cost="about half an hour on two CPU cores, teacher included", iters=450, batch=64,
                   warmup=50, lr_decay=150, H=150, ema=0.99, dropout=0.0, ch=32,
-                  mult=(1, 1, 2), blocks=1, save_every=150),
+                  mult=(1, 1, 2), blocks=1, save_every=450),
     "digits": dict(cost="about 10 minutes on two CPU cores, teacher included", iters=700, batch=128,
                    warmup=50, lr_decay=150, H=150, ema=0.99, dropout=0.0, ch=32,
-                   mult=(1, 2), blocks=1, attn=(4,), save_every=150, sd=0.75,
+                   mult=(1, 2), blocks=1, attn=(4,), save_every=175, sd=0.75,
                    t_mid=0.92),
     "scd": dict(dropout=0.0),         # with --mode scd
     # the data's own standard deviation; t_mid at the paper's noise level, 0.98

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common import assets
 from common.data import load, mix
-from common.flags import Parser, device_of
+from common.flags import BadInput, Parser, device_of
 
 MODE = "legacy_tensorflow"        # the resize behind the published figures; clean-fid's own is "clean"
 
@@ -33,7 +33,10 @@ def noise_of(ids, k, shape, device, seed=0):
 
 
 def quantise(x):
-    """Images in [-1, 1] -> uint8, truncated as in EDM's generate.py: metrics are of what a file would hold."""
+    """Images in [-1, 1] -> uint8, truncated as in EDM's generate.py: metrics are of what a file would hold. BadInput if
+    a value is not finite, which would look like a black pixel."""
+    if not x.isfinite().all():
+        raise BadInput("the network makes images that are not finite: its training has diverged, or its file is damaged")
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 

@@ -21,6 +21,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 from common.flags import ROOT, BadInput, config_of, say, script
@@ -145,6 +146,15 @@ def load(path):
             say(f"{f} cannot be read ({why}); trying the checkpoint before it")
     raise BadInput(f"no readable checkpoint in {path} ({why}); name a run folder or a checkpoint in one; "
                    "a teacher may also be one of EDM's .pkl files, or the address of one")
+
+
+def finite(state):
+    """Are all weights of the networks in `state` finite, on all ranks?"""
+    weights = [p for m in state.values() if isinstance(m, torch.nn.Module) for p in m.parameters()]
+    size = torch.stack(torch._foreach_norm([p.to_local() if hasattr(p, "to_local") else p for p in weights])).sum()
+    if dist.is_initialized():
+        dist.all_reduce(size)
+    return bool(size.isfinite())
 
 
 def full(tree):

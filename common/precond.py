@@ -17,7 +17,7 @@ def check_shape(x, t):
 class EDM(nn.Module):
     """f(x, t) = c_skip x + c_out F(c_in x, ln(t)/4, y)   (EDM, arXiv:2206.00364, eq. 7 and Table 1).
 
-    t is the standard deviation of the noise, > 0, [B,1,1,1]. With t_min > 0 the coefficients are those with which
+    t is the standard deviation of the noise, >= 0, [B,1,1,1]. With t_min > 0 the coefficients are those with which
     f(x, t_min) = x holds exactly (CM, arXiv:2303.01469, App. C). With t_min = 0 it holds in the limit t -> 0, and f has
     the form of EDM's denoiser D(x; t). F computes in `dtype`, all around it in float32 (float64 if dtype is float64):
     coefficients in bfloat16 would lose small noise levels. forward: x [B,C,H,W] -> the same shape; other keywords go to
@@ -38,14 +38,15 @@ class EDM(nn.Module):
         c_in = 1 / (t**2 + sd**2).sqrt()
         c_skip = sd**2 / ((t - self.t_min) ** 2 + sd**2)
         c_out = (t - self.t_min) * sd / (t**2 + sd**2).sqrt()
-        F = self.model(cast(c_in * x, self.dtype), (t.log() / 4).flatten(), y, **more)
+        c_noise = torch.where(t == 0, 1, t).log() / 4             # at 0, c_out is 0, and f(x, 0) = x as F is finite
+        F = self.model(cast(c_in * x, self.dtype), c_noise.flatten(), y, **more)
         return c_skip * x + c_out * cast(F, wide)
 
 
 class TrigFlow(nn.Module):
     """f(x, t) = cos(t) x - sin(t) sd F(x, t)   (TrigFlow, sCM, arXiv:2410.11081), with f(x, 0) = x for any F.
 
-    x = cos(t) x0 + sin(t) z with z ~ N(0, sd^2); the time t in (0, pi/2), [B,1,1,1], is arctan(sigma/sd) for EDM's
+    x = cos(t) x0 + sin(t) z with z ~ N(0, sd^2); the time t in [0, pi/2), [B,1,1,1], is arctan(sigma/sd) for EDM's
     noise level sigma. sd F is the velocity dx/dt of a diffusion model. `raw` names the flow for which the raw network
     was made: "trig", F(x, t) = model(x/sd, t), or "edm", F(x, t) = -model(x/sd, ln(sd tan t)/4), which is exactly EDM's
     diffusion model. `weigh` is the adaptive weight w(t) in losses e^w d - w: it learns w = -ln E[d].
@@ -69,7 +70,7 @@ class TrigFlow(nn.Module):
         check_shape(x, t)
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t = x.to(wide), t.to(wide)
-        c_noise = t if self.raw == "trig" else (self.sd * t.tan()).log() / 4
+        c_noise = t if self.raw == "trig" else (self.sd * torch.where(t == 0, 1, t).tan()).log() / 4     # see EDM
         F = self.model(cast(x / self.sd, wide if jvp.precise else self.dtype), c_noise.flatten(), y, **more)
         F = cast(F, wide)
         return F if self.raw == "trig" else -F

@@ -8,7 +8,9 @@ import pickle
 import pickletools
 import re
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
@@ -24,8 +26,12 @@ KNOWN = {"torch_utils.persistence._reconstruct_persistent_obj", "torch.nn.module
 
 
 def download(url, data_dir):
-    """The local path of a released checkpoint, fetched once into `data_dir`. Raises BadInput."""
-    path = Path(data_dir) / url.rsplit("/", 1)[-1]
+    """The local path of a released checkpoint, fetched once into `data_dir`. Raises BadInput. Two addresses never share
+    a file: all but EDM's own have a hash of the address before their name."""
+    name = urlsplit(url).path.rsplit("/", 1)[-1]          # without a ?download=1
+    if url != ADDRESS.rsplit("/", 1)[0] + "/" + name:
+        name = f"{sha256(url.encode()).hexdigest()[:8]}-{name[-100:]}"
+    path = Path(data_dir) / name
     sources = [(f"{url} (CC BY-NC-SA 4.0: not for commercial use)", partial(torch.hub.download_url_to_file, url))]
     assets.fetch(path, sources, read, ", or train a teacher first: --teacher train")
     return str(path)

@@ -256,6 +256,9 @@ class Run:
     def save(self, it, state):
         """Write a checkpoint of `state`, then obey a signal, if there was one. All ranks take part."""
         start = time.time()
+        if self.skips == self.args.iters - self.start_it > 0 or not folder.finite(state):
+            self.close()
+            raise FloatingPointError(f"step {it}: the weights are not finite, or no step was; nothing was saved")
         ckpt = {k: folder.full(dict(v.state_dict())) for k, v in state.items()}
         if self.rank == 0:
             ckpt |= dict(it=it, config=dataclasses.asdict(self.args), model=state["net"].spec)

@@ -305,3 +305,18 @@ def test_a_time_of_another_shape_is_an_error(shape):
         assert call(x, torch.ones(3, 1, 1, 1), None).shape == x.shape
         with pytest.raises(ValueError, match="3, 1, 1, 1"):
             call(x, torch.ones(shape), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrap, how", [(EDM, {}), (TrigFlow, {}), (TrigFlow, dict(raw="edm"))])
+def test_at_level_zero_f_is_the_identity(wrap, how, dtype):
+    """ln 0 makes NaN of the whole image, or of the whole batch."""
+    torch.manual_seed(0)
+    net = wrap(UNet(8, 1, ch=16, mult=(1,), blocks=1, attn=()), 0.75, dtype=dtype, **how)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.0, 0.5, 0.0]).view(-1, 1, 1, 1)
+    out = net(x, t)
+    assert torch.equal(out[::2], x[::2]) and out.isfinite().all() and not torch.equal(out[1], x[1])
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -460,3 +461,14 @@ for path in sorted(Path(sys.argv[1]).glob("*.pkl")):
     seen[path.stem] = dict(code=code, lines=text.count("\\n"), seconds=time.time() - began, text=text, mega=mega)
 print(json.dumps(seen))
 """
+
+
+def test_addresses_do_not_share_a_file(monkeypatch, tmp_path):
+    """a.org/x.pkl served for b.org/x.pkl; a name that ends in ?download=1, which is then no .pkl."""
+    monkeypatch.setattr(released.assets, "fetch", lambda path, *a: None)
+    own = released.ADDRESS.format("uncond", "vp")
+    urls = [own, "https://a.org/x.pkl", "https://b.org/x.pkl", "https://a.org/x.pkl?download=1", "https://a.org/y/x.pkl",
+            "https://a.org/" + own.rsplit("/", 1)[1], "https://a.org/" + "x" * 300 + ".pkl"]
+    paths = [Path(released.download(url, tmp_path)) for url in urls]
+    assert len(set(paths)) == len(urls) and all(p.suffix == ".pkl" and len(p.name) < 120 for p in paths)
+    assert paths[0] == tmp_path / "edm-cifar10-32x32-uncond-vp.pkl"       # where a user would put it by hand

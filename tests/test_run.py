@@ -24,7 +24,7 @@ from PIL import Image
 import ect
 import ict
 from common import evaluate as evaluation
-from common import folder
+from common import folder, sample
 from common import teacher as teachers
 from common.data import load
 from common.networks import backbone
@@ -926,6 +926,42 @@ def test_max_skips_skips_the_update_and_no_more(train, wrap_loss, capsys, tmp_pa
     wrap_loss(nan_loss(3))                                                # on top of the one at step 2
     with pytest.raises(FloatingPointError, match="step 3"):
         train("ect", "--max-skips", "1")
+
+
+@each_script
+def test_a_last_update_that_ruins_the_weights_is_not_saved(script, train, tmp_path, monkeypatch):
+    """Loss and gradient are finite, and what the optimiser makes of them is not."""
+    sync = Run.sync
+
+    def ruin(self, opt, it):
+        opt.param_groups[0]["lr"] = 1e38 if it == 3 else opt.param_groups[0]["lr"]
+        return sync(self, opt, it)
+    monkeypatch.setattr(Run, "sync", ruin)
+    with pytest.raises(FloatingPointError, match="step 4"):
+        train(script)
+    run = max((tmp_path / "runs").iterdir(), key=os.path.getmtime)
+    assert ckpt(run)["it"] == 2 and not (run / "ckpt.tmp").exists()
+
+
+def test_a_run_whose_steps_were_all_skipped_is_no_success(train, wrap_loss):
+    """Exit 0, and weights that nothing changed."""
+    wrap_loss(lambda it, net, loss, stats: (loss * math.nan, stats))
+    with pytest.raises(FloatingPointError, match="step 4"):
+        train("ect", "--max-skips", "99")
+
+
+def test_images_that_are_not_finite_are_no_pictures(train, capsys, tmp_path):
+    """NaN in the weights: a black picture and a distance of it."""
+    _, run = train("ect", "--iters", "1")
+    state = ckpt(run)
+    next(iter(state["ema"].values())).fill_(math.nan)
+    torch.save(state, run / "ckpt.pt")
+    for again in (lambda: sample.main([str(run), "--out", str(tmp_path / "x.png"), "--device", "cpu"]),
+                  lambda: train("ect", "--resume", str(run))):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            again()
+        assert e.value.code == 2 and "not finite" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
 
 
 # ---- seeds ---------------------------------------------------------------------------------------

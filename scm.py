@@ -202,7 +202,7 @@ def main(args):
     ema = run.place(deepcopy(net).eval().requires_grad_(False))  # averaged weights, for sampling
     net = run.place(net)
     if args.compile:                                      # jvp uses the uncompiled code  # *
-        for m in (net, teacher) if teacher else (net,):   # *
+        for m in (net, teacher) if args.mode == "scd" else (net,):  # *
             m.model.compile()                             # *
     opt = torch.optim.RAdam(net.parameters(), lr=args.lr, betas=(0.9, 0.99), foreach=True)  # *
     state = dict(net=net, ema=ema, opt=opt)               # *
@@ -217,7 +217,7 @@ def main(args):
     it = run.start(state, data)                           # 0, or the step from which to resume
     teachers.show(teacher, found, run, data)              # *
     say(f"  t_mid     {args.t_mid:g}: noise level {args.sd * math.tan(args.t_mid):.3g}")  # *
-    # float32 also with --bf16: g holds F - F_T, of which rounding would leave little.  # *
+    # The teacher stays float32 with --bf16: rounding would drown F - F_T, a part of g.  # *
     teacher = trig(teacher) if args.mode == "scd" else None  # TrigFlow's F from either flow  # *
     while it < args.iters:
         for part in range(args.accum):

@@ -36,7 +36,7 @@ def quantise(x):
     """Images in [-1, 1] -> uint8, truncated as in EDM's generate.py: metrics are of what a file would hold. BadInput if
     a value is not finite, which would look like a black pixel."""
     if not x.isfinite().all():
-        raise BadInput("the network makes images that are not finite: its training has diverged, or its file is damaged")
+        raise BadInput("the images are not finite: the training of this network has diverged, or its file is damaged")
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 

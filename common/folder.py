@@ -82,7 +82,7 @@ def figures(folder):
 
 
 def cut_logs(folder, it):
-    """Take the steps after `it`, which will be made again, out of log.jsonl and eval.jsonl, and what a kill has torn."""
+    """Take the steps after `it`, which will be made again, and torn lines out of log.jsonl and eval.jsonl."""
     for path in (folder / "log.jsonl", folder / "eval.jsonl"):
         kept = [line for line in lines(path) if line.get("it", 0) <= it]
         path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -119,8 +119,8 @@ def save(folder, ckpt, keep):
 
 
 def intact(file):
-    """Does this checkpoint hold the bytes that were written? torch.load does not look at the checksums in the file. torch
-    compresses nothing: what is compressed may be a small file that fills the memory."""
+    """Does this checkpoint hold the bytes that were written? torch.load does not look at the checksums in the file.
+    torch compresses nothing: what is compressed may be a small file that fills the memory."""
     try:
         with zipfile.ZipFile(file) as z:
             return all(i.compress_type == zipfile.ZIP_STORED for i in z.infolist()) and z.testzip() is None

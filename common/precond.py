@@ -18,8 +18,8 @@ class EDM(nn.Module):
     """f(x, t) = c_skip x + c_out F(c_in x, ln(t)/4, y)   (EDM, arXiv:2206.00364, eq. 7 and Table 1).
 
     t is the standard deviation of the noise, >= 0, [B,1,1,1]. With t_min > 0 the coefficients are those with which
-    f(x, t_min) = x holds exactly (CM, arXiv:2303.01469, App. C). With t_min = 0 it holds in the limit t -> 0, and f has
-    the form of EDM's denoiser D(x; t). F computes in `dtype`, all around it in float32 (float64 if dtype is float64):
+    f(x, t_min) = x holds exactly (CM, arXiv:2303.01469, App. C). With t_min = 0, f has the form of EDM's denoiser
+    D(x; t), and f(x, 0) = x. F computes in `dtype`, all around it in float32 (float64 if dtype is float64):
     coefficients in bfloat16 would lose small noise levels. forward: x [B,C,H,W] -> the same shape; other keywords go to
     the model."""
     def __init__(self, model, sd=0.5, t_min=0.0, dtype=torch.float32):

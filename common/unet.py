@@ -32,8 +32,8 @@ class Half(torch.autograd.Function):
 
 
 def cast(x, dtype):
-    """x in `dtype`. The gradients of float16 tensors are kept SCALE times too large: many would vanish, as a median of
-    2e-4 and a hundredth below 3e-7 were measured in ECT's activations on CIFAR-10. Its weights' reach 130, of 65504."""
+    """x in `dtype`. Gradients of float16 tensors are kept SCALE times too large, else many would vanish: float16 ends
+    at 6e-8, and a hundredth of those of ECT on CIFAR-10 are below 3e-7. Those of its weights reach 130, of 65504."""
     return x.to(dtype) if x.dtype == dtype or torch.float16 not in (x.dtype, dtype) else Half.apply(x, dtype)
 
 

@@ -90,6 +90,7 @@ def sample(net, noise, y, args):
 # ==== 4. Arguments ================================================================================
 @dataclass
 class Args:
+    added = dict(fp16=False)         # neither field nor flag: what older runs did, without it
     # --- the run (the same in every file)
     dataset: str = "digits"          # digits, mnist, fashion_mnist, cifar10, a folder, .zip or .npz
     data_dir: str = "data"            # where downloads are kept
@@ -173,6 +174,7 @@ def check(args):
 
 
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
+@Run.guarded                                              # one line for what is no fault of ours
 def main(args):
     """Train with `args`; return {"run": folder, "fd_pixels_2step": 0.38, ..}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet

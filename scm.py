@@ -187,6 +187,7 @@ def check(args):
 
 
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================
+@Run.guarded                                              # one line for what is no fault of ours
 def main(args):
     """Train with `args`; return {"run": folder, "fd_pixels_2step": 0.38, ..}."""
     run = Run(args, __file__)                             # device and ranks; no file is written yet

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.flags import BadInput, say
+from common.flags import BadInput, brief, printable, say  # noqa: F401
 
 SHA256 = {                          # of the bytes of images uint8 [N, H, W, C] and labels int64 [N]
     "cifar10-train": ("47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
@@ -116,15 +116,6 @@ def wait(path, check, minutes=60):
             return check(path)
         time.sleep(1)
     raise BadInput(f"{path} did not come within {minutes} min; start one process alone to fetch it")
-
-
-def brief(error):
-    """One line of at most 300 characters; a file's own names may hold anything, even a terminal's commands."""
-    return printable(" ".join(f"{type(error).__name__}: {error}".split())[:300])
-
-
-def printable(text):
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 # ---- the kinds of source -------------------------------------------------------------------------

@@ -2,9 +2,13 @@
 
 `draw(noise, y)` is the sampler of a method or of the teacher, with the EMA weights: noise [K,b,C,H,W] -> images
 [b,C,H,W] in [-1, 1]. `run` is a run.Run; its methods evaluate and finish call `evaluate` and `table`."""
+import contextlib
+import json
 import math
+import os
 import shutil
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -61,7 +65,7 @@ def evaluate(run, it, data, draw, steps, net="ema"):
     real = data.images[order[:n].to(run.device)]
     labels, classes = (data.labels.cpu()[order], torch.arange(data.classes)) if a.cond else (None, None)
     for k in steps:
-        began = time.time()
+        began = time.perf_counter()
         draws = 1 if net == "teacher" else k              # the diffusion sampler draws noise once
         fake = generate(run, data, max(n, many, 0 if a.cond else a.grid), draws, draw, labels)
         grid = generate(run, data, a.grid, draws, draw, classes) if a.cond else fake[:a.grid]
@@ -69,8 +73,9 @@ def evaluate(run, it, data, draw, steps, net="ema"):
 
         def note(metric, value, n, mode):
             line = dict(it=it, metric=metric, value=round(value, 4), n=n, net=net, steps=k, t_mid=t_mid, mode=mode)
-            run.append("eval.jsonl", line | dict(seed=0, noise="float32", sec=round(time.time() - began, 2)))
+            run.append("eval.jsonl", line | dict(seed=0, noise="float32", sec=round(time.perf_counter() - began, 2)))
         if run.rank == 0:
+            (run.dir / "samples").mkdir(exist_ok=True)
             name = f"{it:07d}_{'teacher' if net == 'teacher' else f'{k}step'}.png"
             picture(grid, data.classes if a.cond else 0).save(run.dir / "samples" / name)
             note("fd_pixels", fid.fd_pixels(real, fake[:n]), n, "8x8")
@@ -78,9 +83,43 @@ def evaluate(run, it, data, draw, steps, net="ema"):
             note("fid", fid.fid(data, fake[:many], a.data_dir), many, fid.MODE)
 
 
+# ---- eval.jsonl ----------------------------------------------------------------------------------
+def lines(path):
+    """The objects of a .jsonl file; a line that a kill has torn is passed over."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [v for v in found if isinstance(v, dict)]
+
+
+def figures(run):
+    """The lines of eval.jsonl that are figures, as this project writes them."""
+    kinds = dict(it=int, metric=str, value=(int, float), n=int, net=str, steps=int, t_mid=(int, float, type(None)))
+    found = [s for s in lines(Path(run) / "eval.jsonl") if all(isinstance(s.get(k, s), v) for k, v in kinds.items())]
+    return [s for s in found if math.isfinite(s["value"])]
+
+
+def cut_logs(run, it):
+    """Take the steps after `it`, which will be made again, and torn lines out of log.jsonl and eval.jsonl."""
+    for path in filter(Path.is_file, (run / "log.jsonl", run / "eval.jsonl")):
+        kept = [line for line in lines(path) if isinstance(line.get("it"), int) and line["it"] <= it]
+        path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def described(path):
+    """', 1,600 steps, FD (pixels) 0.130': what is known of the teacher in a run folder; nothing of another path."""
+    if not Path(path).is_dir():
+        return ""
+    last = {s["metric"]: s["value"] for s in figures(path) if s["net"] == "teacher"}
+    figure = f", FD (pixels) {last['fd_pixels']:.3f}" if "fd_pixels" in last else ""
+    return f", {folder.load(path)['it']:,} steps{figure}"
+
+
 def adopt(run, teacher):
     """Copy the last metrics and grid of a teacher's folder into this run. False if one that it needs is missing."""
-    last = {s["metric"]: s for s in folder.figures(teacher) if s["net"] == "teacher"}
+    last = {s["metric"]: s for s in figures(teacher) if s["net"] == "teacher"}
     for line in last.values():
         run.append("eval.jsonl", line | dict(it=0))
         grid = teacher / "samples" / f"{line['it']:07d}_teacher.png"
@@ -93,7 +132,7 @@ def table(run, it):
     """Print the last figures of the teacher, of 1 step and of --steps; return {"fd_pixels_2step": value, ..}."""
     def column(s):
         return "teacher" if s["net"] == "teacher" else f"{s['steps']}step"
-    last = {(s["metric"], column(s)): s for s in folder.figures(run.dir) if s["it"] in (0, it)}      # the last one wins
+    last = {(s["metric"], column(s)): s for s in figures(run.dir) if s["it"] in (0, it)}      # the last one wins
     columns = dict.fromkeys(["teacher", "1step", f"{run.args.steps}step"])
     result = {}
     for metric, title in (("fd_pixels", "FD (pixels)"), ("fid", f"FID ({fid.MODE})")):

@@ -5,11 +5,11 @@ help text; bounds in parentheses at its end, such as (>= 1) or (> t_min, < t_max
 The table `PRESETS` holds what differs from the defaults for a data set, a budget or a mode. This file imports nothing
 of ours, so that every other file of common/ may use it."""
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import json
-import math
 import operator
 import os
 import re
@@ -22,9 +22,12 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
-# What --resume may change: how a run is watched, stored and sampled. All other flags define its result.
+# What --resume may change: how a run is watched, stored and sampled, and where the data and the teacher are, whose
+# SHA-256 is compared. All other flags define its result.
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips", "fid", "fid_every",
-              "shard", "device", "data_dir", "out", "resume"}
+              "shard", "device", "dataset", "data_dir", "teacher", "out", "resume"}
+ADDED = dict(tf32=True)           # flags of all scripts that older runs did not have, with what those did
+LARGEST = 10**12                  # of all whole numbers: no count of steps or images is higher
 # The cost that a preset states holds only while these flags keep the preset's values.
 COSTLY = ("iters", "batch", "net", "ch", "mult", "blocks", "attn", "size", "teacher", "teacher_iters", "fid")
 COMPARE = {">=": (operator.ge, "at least"), ">": (operator.gt, "above"), "<=": (operator.le, "at most"),
@@ -37,13 +40,23 @@ class BadInput(SystemExit):
         super().__init__(2)
         self.message = message
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {message}", file=sys.stderr)
+            tqdm.write(f"error: {message}", file=sys.stderr)              # not on the line of a progress bar
 
 
 def say(text):
-    """Print a line on stdout, on the first rank only, without breaking a progress bar."""
+    """Print a line on stdout, on the first rank only, without breaking a progress bar. Nobody has to be listening."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text)
+        with contextlib.suppress(BrokenPipeError):
+            tqdm.write(text)
+
+
+def brief(error):
+    """One line of at most 300 characters; a file's own names may hold anything, even a terminal's commands."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
+def printable(text):
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def meant(word, known):
@@ -55,6 +68,11 @@ def meant(word, known):
 # ---- from the command line to Args ---------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are BadInput, and which suggests the flag that was meant."""
+    def __init__(self, **how):
+        super().__init__(**how)
+        if hasattr(sys.stdout, "reconfigure"):            # a name that a terminal cannot show ends nothing
+            sys.stdout.reconfigure(errors="backslashreplace")
+
     def error(self, message):
         raise BadInput(f"{message} (-h lists the flags)")
 
@@ -128,19 +146,35 @@ def resumed(cls, given):
     config = config_of(folder)
     if config["about"]["script"] != script(inspect.getfile(cls)):
         raise BadInput(f"{folder} was made by {config['about']['script']}; resume it with that")
-    old = known(cls, config)
+    old = known(cls, config, folder)
     for k, v in given.items():
-        if v != old.get(k) and k not in MAY_CHANGE - set(getattr(cls, "fixed", ())):
+        if v != old[k] and k not in MAY_CHANGE - set(getattr(cls, "fixed", ())):
             raise BadInput(f"--{k.replace('_', '-')} defines the run, --resume cannot change it; start a new run")
-    return cls(**old | given)
+    args = cls(**old | given)
+    args.given = frozenset(given)                         # no field: what was typed
+    return args
 
 
-def known(cls, config):
-    """The fields of `cls` that a config.json holds, also where an older script called them otherwise; `added` holds
-    what older runs did where they did not have a field."""
+def known(cls, config, folder):
+    """The fields of `cls` in `config`, that of a run folder, also where an older script called them otherwise; `added`
+    holds what older runs did where they did not have a field. BadInput where one is missing or of another type."""
     renamed = getattr(cls, "renamed", {})
-    config = getattr(cls, "added", {}) | {renamed.get(k, k): v for k, v in config.items()}
-    return {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
+    config = ADDED | getattr(cls, "added", {}) | {renamed.get(k, k): v for k, v in config.items()}
+    for f in dataclasses.fields(cls):
+        if f.name not in config or not fits(config[f.name], f):
+            what = f"{f.name} = {str(config[f.name])[:50]!r}" if f.name in config else f"no {f.name}"
+            raise BadInput(f"{folder}: its config.json has {printable(what)}, which this script cannot use; restore it")
+    return {f.name: config[f.name] for f in dataclasses.fields(cls)}
+
+
+def fits(value, field):
+    """Is this, from a file, a value for a field?"""
+    if choices := get_args(field.type):                   # of a Literal
+        return value in choices
+    if field.type is tuple:
+        return isinstance(value, tuple) and all(type(v) is int for v in value)
+    return type(value) is field.type or field.type is float and type(value) is int \
+        or value is None and field.name == "t_mid"        # of a run that is sampled in its own steps alone
 
 
 def comments(cls):
@@ -162,8 +196,10 @@ def check_bounds(args):
         flag, value = f"--{field.name.replace('_', '-')}", getattr(args, field.name)
         if value is None:                                 # settled by the method: this run has none
             continue
-        if field.type is float and not math.isfinite(value):
+        if field.type is float and not (abs(value) < 1e300):
             raise BadInput(f"{flag} must be a finite number, not {value}")
+        if field.type in (int, tuple) and any(abs(v) > LARGEST for v in (value if field.type is tuple else [value])):
+            raise BadInput(f"{flag} must be at most {LARGEST:,}")
         for bound in bounds:
             sign, limit = re.fullmatch(r"([<>]=?) *(\S+)", bound).groups()
             compare, words = COMPARE[sign]
@@ -225,10 +261,12 @@ def script(file):
 def config_of(folder):
     """The flags of a run folder as written by folder.write_config, with `about`. Raises BadInput."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-        config["about"]["script"]                                         # or KeyError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"{folder} is no run folder: its config.json is missing or damaged")
+        file = Path(folder) / "config.json"
+        config = json.loads(file.read_text()) if os.path.isfile(file) else {}    # a FIFO would be waited for
+        if {str} != {type(config["about"][k]) for k in ("script", "data_sha256")}:
+            raise TypeError
+    except Exception:                                     # of json, also of its depth, and of a text that is none
+        raise BadInput(f"{printable(str(folder)[-100:])} is no run folder: its config.json is missing or damaged")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 

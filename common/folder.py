@@ -1,4 +1,4 @@
-"""The run folder: its number, config.json, checkpoints and metrics.
+"""The run folder: its number, its owner, config.json, checkpoints.
 
     runs/<method>[-<mode>]-<dataset>-<nnn>/
         config.json              every flag, as used; `about`: script, versions, data, and the flags as they were asked
@@ -11,10 +11,15 @@ needs to make the network again). It loads with torch.load(weights_only=True), a
 sharded over several GPUs or not."""
 import contextlib
 import dataclasses
+import errno
+import functools
 import glob
+import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -22,80 +27,171 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+from tqdm import tqdm
 
-from common.flags import ROOT, BadInput, config_of, say, script
+from common.flags import DATASETS, LARGEST, ROOT, BadInput, brief, config_of, say, script
+
+HELD = {}                         # {folder: (open file, was the folder made here)}: what this process owns
+END = contextlib.ExitStack()      # what is to be done when main() ends, however it does
 
 
 def numbered(out, stem):
     """The run folders <out>/<stem>-<nnn>, oldest first."""
-    found = [p for p in Path(out).glob(glob.escape(stem) + "-*") if p.name[len(stem) + 1:].isdigit()]
+    found = [p for p in Path(out).glob(glob.escape(stem) + "-*") if p.name[len(stem) + 1:].isdecimal()]
     return sorted(found, key=lambda p: int(p.name[len(stem) + 1:]))
 
 
-def next_number(out, stem):
-    """The path of a new run folder: one above the highest number there, so gaps left by deleted runs are not filled."""
-    taken = numbered(out, stem)
-    number = int(taken[-1].name[len(stem) + 1:]) + 1 if taken else 0
-    return Path(out) / f"{stem}-{number:03d}"
+def stem_of(*words):
+    """The name of a run folder but for its number, of script, mode and data set. The latter's may be long, or odd."""
+    name = "-".join(filter(None, words))
+    return "".join(c if c.isprintable() else "_" for c in name).encode()[:100].decode(errors="ignore")
 
 
-def create(folder):
-    """Make a run folder. Raises BadInput where that is not possible."""
+def create(out, stem):
+    """Make a run folder under `out`, and own it; return its path. Raises BadInput where that is not possible."""
+    path, owner = None, "another job, which was faster"
     try:
-        (folder / "samples").mkdir(parents=True)
+        while owner:
+            with contextlib.suppress(FileExistsError):
+                taken = numbered(out, stem)               # gaps left by deleted runs are not filled
+                number = int(taken[-1].name[len(stem) + 1:]) + 1 if taken else 0
+                path = Path(out) / f"{stem}-{number:03d}"
+                path.mkdir(parents=True)
+                owner = take(path, made=True)
+        (path / "samples").mkdir()
     except OSError as e:
-        raise BadInput(f"--out {folder.parent}: {e.strerror}; name a folder that can be written")
+        raise BadInput(f"--out {out}: {e.strerror}; name a folder that can be written")
+    return path
 
 
+# ---- its owner -----------------------------------------------------------------------------------
+def take(path, made=False):
+    """Own a folder until `free`, or until this process ends, in whatever way: the operating system holds the lock.
+    Returns "" if it is ours now, else who owns it. made: by this process."""
+    path = Path(path).resolve()
+    if path in HELD:
+        return ""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / ".lock", "a+")
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}; name a folder that can be written")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            file.seek(2**30)                              # no one else can read what is locked
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return (path / ".lock").read_text().strip() or "another process"
+        say(f"{path}: this file system knows no locks; start no other job that writes there")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    HELD[path] = file, made
+    END.callback(free, path)
+    return ""
+
+
+def free(path):
+    """The end of `take`. If this process made the folder and leaves neither checkpoint nor log there, it is removed."""
+    path = Path(path).resolve()
+    file, made = HELD.pop(path, (None, False))
+    if file:
+        file.close()
+        if made and not any(path.glob("ckpt*")) and not (path / "log.jsonl").exists():
+            shutil.rmtree(path, ignore_errors=True)
+            prune(path.parent)
+        prune(path)
+
+
+def prune(path):
+    """Remove a folder that holds nothing but a lock, and empty ones around it."""
+    with contextlib.suppress(OSError):
+        if set(os.listdir(path)) <= {".lock"}:
+            (path / ".lock").unlink(missing_ok=True)
+            os.removedirs(path)
+
+
+def agree(call):
+    """What call() returns on the first rank, on all ranks. No rank is to wait long for it: see teacher.wait_for."""
+    box = [call() if not dist.is_initialized() or dist.get_rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def guarded(main):
+    """The function main(args), which ends in one line where the reason lies outside of it: Ctrl-C, memory, a full disk,
+    numbers that are not finite. However it ends, nothing stays locked, and no run folder without content is left."""
+    @functools.wraps(main)
+    def inner(args=None):
+        try:
+            return main(args)
+        except KeyboardInterrupt:
+            raise SystemExit(130)
+        except FloatingPointError as e:                   # each rank says what it saw
+            tqdm.write(f"error: {e}", file=sys.stderr)
+            raise SystemExit(1)
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+                raise
+            raise BadInput(f"{e.strerror}: {e.filename or 'the disk'}; what was saved before is whole")
+        except (MemoryError, RuntimeError) as e:          # the latter, of cuBLAS or on the CPU, has no kind of its own
+            if not isinstance(e, MemoryError) and not {"allocate", "ALLOC_FAILED"} & set(re.findall(r"\w+", str(e))):
+                raise
+            raise BadInput(f"{brief(e)[:100]}; {relief(args)}")
+        finally:
+            END.close()
+    return inner
+
+
+def relief(args):
+    """What to try where the memory is too small for `args`."""
+    ranks, batch, accum = int(os.environ.get("WORLD_SIZE", 1)), getattr(args, "batch", 0), getattr(args, "accum", 1)
+    parts = next((n for n in range(2 * accum, batch // ranks + 1) if batch % (ranks * n) == 0), 0)
+    return f"try --accum {parts}, or a smaller --batch or network" if parts and not args.resume else \
+        "try a smaller --batch or network, or more ranks with --shard"
+
+
+def check_room(path, state):
+    """BadInput unless the disk has room for three checkpoints of `state`: the last two, and one being written. An
+    optimiser keeps two numbers for each weight."""
+    numbers = [v.numel() for m in state.values() if isinstance(m, torch.nn.Module) for v in m.state_dict().values()]
+    numbers += [2 * p.numel() for o in state.values() for g in getattr(o, "param_groups", ()) for p in g["params"]]
+    path = Path(path).resolve()
+    need = 3 * 4 * sum(numbers) - sum(f.stat().st_size for f in path.glob("ckpt*.pt"))
+    there = next(p for p in (path, *path.parents) if p.exists())
+    room = shutil.disk_usage(there).free
+    if room < need:
+        raise BadInput(f"{path}: {room / 1e9:.1f} GB are free there, and three checkpoints of this run take "
+                       f"{need / 1e9:.1f}; name another --out")
+
+
+# ---- config.json ---------------------------------------------------------------------------------
 def write_config(folder, args, asked, file, data, **about):
     """Write config.json, and copy the script `file` and common/ into source/ if that is not there yet.
 
     args: the flags as the run uses them; asked: as they were given, before the teacher and the method settled some."""
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
-    about = dict(script=script(file), argv=sys.argv, commit=commit.stdout.strip(), torch=torch.__version__,
-                 data_sha256=data.sha256, classes=data.names, **about)
+    old = config_of(folder)["about"] if args.resume else dict(asked=dataclasses.asdict(asked))
+    about = old | dict(script=script(file), argv=sys.argv, commit=commit.stdout.strip(), torch=torch.__version__,
+                       data_sha256=data.sha256, classes=data.names, **about)
     if data.classes:
         about["images_per_class"] = data.labels.bincount(minlength=data.classes).tolist()
-    about["asked"] = config_of(folder)["about"].get("asked", {}) if args.resume else dataclasses.asdict(asked)
-    text = json.dumps(dataclasses.asdict(args) | dict(resume="", about=about), indent=1)
+    places = {"data_dir"} if args.dataset.removesuffix("-test") in DATASETS else {"data_dir", "dataset"}
+    places = {k: str(Path(getattr(args, k)).expanduser().resolve()) for k in places}    # from any working directory
+    text = json.dumps(dataclasses.asdict(args) | places | dict(resume="", about=about), indent=1)
     (folder / "config.tmp").write_text(text)
     os.replace(folder / "config.tmp", folder / "config.json")
     if not (folder / "source").exists():
         file = Path(file).resolve()
         shutil.copytree(ROOT / "common", folder / "source/common", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(file, folder / "source" / file.relative_to(ROOT))
-
-
-def lines(path):
-    """The objects of a .jsonl file; a line that a kill has torn is passed over."""
-    found = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [v for v in found if isinstance(v, dict)]
-
-
-def figures(folder):
-    """The lines of eval.jsonl."""
-    return lines(Path(folder) / "eval.jsonl")
-
-
-def cut_logs(folder, it):
-    """Take the steps after `it`, which will be made again, and torn lines out of log.jsonl and eval.jsonl."""
-    for path in (folder / "log.jsonl", folder / "eval.jsonl"):
-        kept = [line for line in lines(path) if line.get("it", 0) <= it]
-        path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(path.with_suffix(".tmp"), path)
-
-
-def described(path):
-    """', 1,600 steps, FD (pixels) 0.130': what is known of the teacher in a run folder; nothing of another path."""
-    if not Path(path).is_dir():
-        return ""
-    last = {s["metric"]: s["value"] for s in figures(path) if s["net"] == "teacher"}
-    figure = f", FD (pixels) {last['fd_pixels']:.3f}" if "fd_pixels" in last else ""
-    return f", {load(path)['it']:,} steps{figure}"
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -120,10 +216,12 @@ def save(folder, ckpt, keep):
 
 def intact(file):
     """Does this checkpoint hold the bytes that were written? torch.load does not look at the checksums in the file.
-    torch compresses nothing: what is compressed may be a small file that fills the memory."""
+    torch compresses nothing, and no part twice: such a file may be small and fill the memory."""
     try:
         with zipfile.ZipFile(file) as z:
-            return all(i.compress_type == zipfile.ZIP_STORED for i in z.infolist()) and z.testzip() is None
+            parts = z.infolist()
+            honest = all(i.compress_type == zipfile.ZIP_STORED for i in parts)
+            return honest and sum(i.file_size for i in parts) <= os.path.getsize(file) and z.testzip() is None
     except Exception:                                     # zipfile raises many kinds for a damaged file
         return False
 
@@ -132,14 +230,17 @@ def load(path):
     """The newest readable checkpoint of a run folder, or a checkpoint file, on the CPU; BadInput if there is none."""
     path, why = Path(path), "there is none"
     # ckpt.tmp is the newest where a kill came between the two renames; otherwise it is not intact
-    files = [path / f"ckpt.{ending}" for ending in ("pt", "tmp", "prev.pt")] if path.is_dir() else [path]
-    files = [f for f in files if f.exists()]
+    files = [path / f"ckpt.{ending}" for ending in ("pt", "tmp", "prev.pt")] if os.path.isdir(path) else [path]
+    files = [f for f in files if os.path.isfile(f)]
     for f in files:
         try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True) if intact(f) else None
-            if isinstance(ckpt, dict) and "model" in ckpt:
-                return ckpt
             why = "damaged, or not of torch.save" if ckpt is None else "the file is not one of these scripts'"
+            if isinstance(ckpt, dict) and "model" in ckpt:
+                # a tensor with strides of 0 may be larger than the file that it comes from
+                if sum(v.nbytes for v in tree_leaves(ckpt) if torch.is_tensor(v)) <= os.path.getsize(f):
+                    return ckpt
+                why = "its tensors claim to be larger than the file"
         except Exception as e:                            # torch raises many kinds
             why = type(e).__name__
         if f != files[-1]:
@@ -148,13 +249,47 @@ def load(path):
                    "a teacher may also be one of EDM's .pkl files, or the address of one")
 
 
-def finite(state):
-    """Are all weights of the networks in `state` finite, on all ranks?"""
-    weights = [p for m in state.values() if isinstance(m, torch.nn.Module) for p in m.parameters()]
-    size = torch.stack(torch._foreach_norm([p.to_local() if hasattr(p, "to_local") else p for p in weights])).sum()
-    if dist.is_initialized():
-        dist.all_reduce(size)
-    return bool(size.isfinite())
+def restore(folder, state, data, shard):
+    """Load the newest checkpoint of a run folder into `state`; return its step. BadInput where it, or `data`, is not
+    what the run began with."""
+    if config_of(folder)["about"]["data_sha256"] != data.sha256:
+        raise BadInput(f"--resume {folder}: {data.name} does not hold the images that this run began with; say with "
+                       "--dataset where they are")
+    ckpt = load(folder)
+    try:
+        if type(ckpt["it"]) is not int or not 0 <= ckpt["it"] <= LARGEST:
+            raise ValueError(f"its step is {ckpt['it']}")
+        for k, v in state.items():
+            v.load_state_dict(shard_like(ckpt[k], v) if shard else ckpt[k])
+            for p, s in getattr(v, "state", {}).items():                  # torch does not look at an optimiser's shapes
+                if any(x.shape not in (p.shape, ()) for x in s.values()):
+                    raise ValueError(f"a part of {k} has another shape")
+    except Exception as e:                                # KeyError, TypeError, whatever torch raises
+        raise BadInput(f"{folder}: its checkpoint does not fit this run ({brief(e)}); start a new run")
+    return ckpt["it"]
+
+
+def sha256(weights):
+    """Of the names and bytes of a state dict, on whatever device and in whatever memory layout."""
+    total = hashlib.sha256()
+    for name, v in sorted(weights.items()):
+        total.update(name.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def check_state(it, ckpt, world):
+    """FloatingPointError unless all numbers of a checkpoint are finite, RuntimeError unless all ranks have the same."""
+    numbers = [v for v in tree_leaves(ckpt) if torch.is_tensor(v) and v.is_floating_point()]
+    good = all(v.norm().isfinite() for v in numbers)      # also false where weights of 1e38 are left to be multiplied
+    own = good, [sha256(ckpt[k]) for k in ("net", "ema")] if world > 1 else 0
+    seen = [own]
+    if world > 1:
+        seen = [None] * world
+        dist.all_gather_object(seen, own)
+    if not all(good for good, _ in seen):
+        raise FloatingPointError(f"step {it}: the weights or the optimiser are not finite; nothing was saved")
+    if other := [rank for rank, s in enumerate(seen) if s != seen[0]]:
+        raise RuntimeError(f"step {it}: ranks {other} have other weights than rank 0; nothing was saved")
 
 
 def full(tree):

@@ -8,10 +8,12 @@ from common import jvp
 from common.unet import Linear, cast
 
 
-def check_shape(x, t):
-    """ValueError unless t is [B, 1, 1, 1] for x [B,C,H,W]: t [B] would be broadcast along the width of the images."""
-    if t.shape != (len(x), 1, 1, 1):
-        raise ValueError(f"t has shape {list(t.shape)} for x {list(x.shape)}; make it [{len(x)}, 1, 1, 1]")
+def check_shape(x, t, y=None):
+    """ValueError unless t is [B, 1, 1, 1] and y [B] for x [B,C,H,W]: t [B] would be broadcast along the width of the
+    images, y [B, 1] over the batch."""
+    for name, v, shape in (("t", t, (len(x), 1, 1, 1)), ("y", y, (len(x),))):
+        if v is not None and v.shape != shape:
+            raise ValueError(f"{name} has shape {list(v.shape)} for x {list(x.shape)}; make it {list(shape)}")
 
 
 class EDM(nn.Module):
@@ -32,7 +34,7 @@ class EDM(nn.Module):
         return dict(flow="edm", net=self.model.kwargs["net"], kwargs=self.model.kwargs, sd=self.sd, t_min=self.t_min)
 
     def forward(self, x, t, y=None, **more):
-        check_shape(x, t)
+        check_shape(x, t, y)
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t, sd = x.to(wide), t.to(wide), self.sd
         c_in = 1 / (t**2 + sd**2).sqrt()
@@ -67,7 +69,7 @@ class TrigFlow(nn.Module):
 
     def F(self, x, t, y=None, **more):
         """The network itself: x [B,C,H,W], t [B,1,1,1], y [B] or None -> [B,C,H,W]; other keywords go to the model."""
-        check_shape(x, t)
+        check_shape(x, t, y)
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t = x.to(wide), t.to(wide)
         c_noise = t if self.raw == "trig" else (self.sd * torch.where(t == 0, 1, t).tan()).log() / 4     # see EDM
@@ -81,7 +83,7 @@ class TrigFlow(nn.Module):
         return self.head(torch.cat([a.cos(), a.sin()], 1)).sum(1)         # sum: FSDP2 minds a view of what it returns
 
     def forward(self, x, t, y=None):
-        check_shape(x, t)
+        check_shape(x, t, y)
         wide = torch.promote_types(self.dtype, torch.float32)
         x, t = x.to(wide), t.to(wide)
         return t.cos() * x - t.sin() * self.sd * self.F(x, t, y)

@@ -8,8 +8,10 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,13 +23,16 @@ from common import evaluate, fid, folder
 from common.data import mix
 from common.flags import BadInput, check_bounds, config_of, device_of, memory, say, script
 
+clock = time.perf_counter         # never goes back
+
 
 class Run:
     """A run and its folder. Public attributes: args, device, rank, world (number of ranks), dir."""
+    guarded = staticmethod(folder.guarded)                # for main()
     others = 0.0                                          # seconds that other runs of this process took: the teacher's
 
     def __init__(self, args, file):
-        self.born = time.time() - Run.others
+        self.born = clock() - Run.others
         dev = device_of(args.device)
         self.device = torch.device(dev, int(os.environ.get("LOCAL_RANK", 0)) if dev == "cuda" else None)
         self.device_name = f"{dev}, {torch.get_num_threads()} threads"
@@ -42,7 +47,7 @@ class Run:
             dist.init_process_group(**backend)
             atexit.register(dist.destroy_process_group)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.args, self.asked, self.file, self.skips = args, args, file, 0
+        self.args, self.asked, self.file, self.skips, self.about = args, args, file, 0, {}    # for config.json
         self.signum = self.stopping = 0                   # the signal that this rank got; that any rank got
         self.evaluating, self.evaluated = False, -1       # now; the last step that was
         self.edges = torch.logspace(-2, 2, 7).to(self.device)   # of the 8 bins of the noise level in log.jsonl
@@ -104,16 +109,25 @@ class Run:
         """Make the run folder or, with --resume, restore `state` ({name: module or optimiser}) from it; return the step
         to go on from. From here on Ctrl-C and SIGTERM finish the step and save."""
         a = self.args
-        self.dir = Path(a.resume) if a.resume else self.new_folder(data.name)
-        it = self.restore(state, data) if a.resume else 0
+        folder.check_room(a.resume or a.out, state)
+        stem = folder.stem_of(Path(self.file).stem, getattr(a, "mode", ""), data.name)
+        self.dir = Path(a.resume or folder.agree(lambda: folder.create(a.out, stem)))
+        if owner := folder.agree(lambda: folder.take(self.dir)):
+            raise BadInput(f"--resume {self.dir}: {owner} is training it; wait, or stop that")
+        it = folder.restore(self.dir, state, data, a.shard) if a.resume else 0
         if self.rank == 0:
-            folder.write_config(self.dir, a, self.asked, self.file, data, ranks=self.world, device=self.device_name)
-        self.began, self.start_it, self.logged = time.time(), it, (time.time(), it)
+            evaluate.cut_logs(self.dir, it)
+            folder.write_config(self.dir, a, self.asked, self.file, data, ranks=self.world, device=self.device_name,
+                                **self.about)
+        folder.free(a.out)                                # taken by teacher.locate, until others can see this config
+        self.began, self.start_it, self.logged = clock(), it, (clock(), it)
         self.spent = {"evaluation": 0.0, "saves": 0.0, "start-up": self.began - Run.others - self.born}  # seconds
         self.reset()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.before = {s: signal.signal(s, self.on_signal) for s in signals}      # only the main thread may do that
+        folder.END.callback(self.close)
         n, *size = data.images.shape
         count, left = sum(p.numel() for p in state["net"].parameters()), max(a.iters - it, 0)
         say(f"{self.dir}\n"
@@ -125,34 +139,18 @@ class Run:
                         desc=self.dir.name, mininterval=0.5)
         return it
 
-    def new_folder(self, dataset):
-        """Make <out>/<script>[-<mode>]-<dataset>-<nnn>; rank 0 chooses the number."""
-        stem = "-".join(filter(None, [Path(self.file).stem, getattr(self.args, "mode", ""), dataset]))
-        path = [folder.next_number(self.args.out, stem)]
-        if self.rank == 0:
-            folder.create(path[0])
-        if self.world > 1:
-            dist.broadcast_object_list(path)
-        return path[0]
-
-    def restore(self, state, data):
-        """Load the newest checkpoint of the run folder into `state`; return its step. Raises BadInput."""
-        if config_of(self.dir)["about"]["data_sha256"] != data.sha256:
-            raise BadInput(f"--resume {self.dir}: {data.name} no longer holds the images that this run began with")
-        ckpt = folder.load(self.dir)
-        if self.rank == 0:
-            folder.cut_logs(self.dir, ckpt["it"])
-        for k, v in state.items():
-            v.load_state_dict(folder.shard_like(ckpt[k], v) if self.args.shard else ckpt[k])
-        return ckpt["it"]
-
     def on_signal(self, signum, frame):
         self.signum = signum
         for s in self.before if self.world == 1 else ():  # a second signal ends the process at once; not under ..
             signal.signal(s, signal.SIG_DFL)              # .. torchrun, which sends two, then kills after half a minute
         if self.evaluating:                               # save() came before: nothing that was learned is lost
+            self.obey()
+
+    def obey(self):
+        """End the run, if a signal has come."""
+        if stop := self.stopping or self.signum:
             self.close()
-            raise SystemExit(128 + signum)
+            raise SystemExit(128 + stop)
 
     # ---- each step -------------------------------------------------------------------------------
     def count(self, stats):
@@ -206,7 +204,6 @@ class Run:
         text = f"step {it}, seed {self.args.seed}, {where}"
         self.skips += 1
         if self.skips > self.args.max_skips:
-            self.close()
             raise FloatingPointError(f"{text}; nothing was saved from this step (--max-skips allows some)")
         tqdm.write(f"{text}; skipped", file=sys.stderr)
 
@@ -214,9 +211,9 @@ class Run:
         """Advance the bar; every --log-every steps write one line, averaged over steps and ranks, to log.jsonl."""
         self.bar.update()
         if it == self.start_it + 20:
-            left = (time.time() - self.began) / 20 * (self.args.iters - it)
-            end = time.strftime("%H:%M", time.localtime(time.time() + left))
-            say(f"  expected end of training: {end}, in {left / 60:.0f} min, evaluation not counted")
+            left = (clock() - self.began) / 20 * (self.args.iters - it)
+            end = time.strftime("%H:%M, ", time.localtime(time.time() + left)) if left < 1e9 else ""
+            say(f"  expected end of training: {end}in {left / 60:,.0f} min, evaluation not counted")
         if it % self.args.log_every and it != self.args.iters:
             return
         names = sorted(self.scalars)
@@ -224,10 +221,10 @@ class Run:
         v = torch.cat([self.sums.flatten(), torch.stack(means)]) if names else self.sums.flatten()
         if self.world > 1:
             dist.all_reduce(v)
-        v, now = v.tolist(), time.time()
+        v, now = v.tolist(), clock()
         if not any(v[8:16]):                                    # every step was skipped
             return
-        speed = (it - self.logged[1]) * self.args.batch / (now - self.logged[0])
+        speed = (it - self.logged[1]) * self.args.batch / max(now - self.logged[0], 1e-9)     # a clock may stand still
         line = dict(it=it, sec=round(now - self.began, 2), loss=sum(v[:8]) / max(sum(v[8:16]), 1), **values)
         line |= {k: x / self.world for k, x in zip(names, v[16:])}
         line |= {f"loss_t{i}": s / n for i, (s, n) in enumerate(zip(v[:8], v[8:16])) if n}
@@ -255,26 +252,27 @@ class Run:
 
     def save(self, it, state):
         """Write a checkpoint of `state`, then obey a signal, if there was one. All ranks take part."""
-        start = time.time()
-        if self.skips == self.args.iters - self.start_it > 0 or not folder.finite(state):
-            self.close()
-            raise FloatingPointError(f"step {it}: the weights are not finite, or no step was; nothing was saved")
+        start = clock()
+        if self.skips == self.args.iters - self.start_it > 0:
+            raise FloatingPointError(f"step {it}: no step was finite; nothing was saved")
         ckpt = {k: folder.full(dict(v.state_dict())) for k, v in state.items()}
+        folder.check_state(it, ckpt, self.world)
         if self.rank == 0:
             ckpt |= dict(it=it, config=dataclasses.asdict(self.args), model=state["net"].spec)
             folder.save(self.dir, ckpt, self.args.keep)
-        self.spent["saves"] += time.time() - start
-        if stop := self.stopping or self.signum:          # the latter came while saving
-            self.close()
+        self.spent["saves"] += clock() - start
+        if self.stopping or self.signum:                  # the latter came while saving
+            start = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" if self.world > 1 else "python"
             say(f"stopped by a signal after step {it}, saved; go on with: "
-                f"python -m {script(self.file)} --resume {self.dir}")
-            raise SystemExit(128 + stop)
+                f"{start} -m {script(self.file)} --resume {shlex.quote(str(self.dir))}")
+        self.obey()
 
     def evaluate(self, it, data, draw, steps, **how):
         """evaluate.evaluate, not counted as time of training. A signal ends it: all that was learned is saved."""
-        start, self.evaluating = time.time(), True
+        start, self.evaluating = clock(), True
+        self.obey()                                       # what came since save()
         evaluate.evaluate(self, it, data, draw, steps, **how)
-        self.evaluating, self.evaluated, spent = False, it, time.time() - start
+        self.evaluating, self.evaluated, spent = False, it, clock() - start
         self.began, self.logged = self.began + spent, (self.logged[0] + spent, self.logged[1])
         self.spent["evaluation"] += spent
 
@@ -286,15 +284,17 @@ class Run:
         if self.world > 1:
             dist.barrier()                                # rank 0 has written its lines
         result = dict(run=str(self.dir)) | evaluate.table(self, it)
-        total = time.time() - Run.others - self.born
+        total = max(clock() - Run.others - self.born, 1e-9)
         Run.others += total
         shares = ", ".join(f"{k} {v / total:.1%}" for k, v in self.spent.items())
         say(f"{total / 60:.1f} min, of which {shares}")
         say(f"grids in {self.dir / 'samples'}, weights in {self.dir / 'ckpt.pt'}")
+        self.obey()                                       # of a teacher: its student is not to begin
         return result
 
     def close(self):
-        """End the progress bar and give the signals back."""
+        """End the progress bar, give the signals and the folder back."""
         self.bar.close()
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
+        while self.before:
+            signal.signal(*self.before.popitem())
+        folder.free(self.dir)

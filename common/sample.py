@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import edit, fid, teacher
+from common import edit, fid, folder, teacher
 from common.data import load
 from common.evaluate import FD_IMAGES, chosen, picture
 from common.fid import fd_pixels, noise_of, quantise
@@ -154,7 +154,7 @@ def load_run(path, device="cpu"):
     of method.Args, and its averaged network, so that method.sample(net, noise, y, args) draws images. BadInput."""
     config = config_of(folder_of(path))
     method = script_called(config["about"]["script"])
-    return method, method.Args(**known(method.Args, config)), teacher.load(path, device)
+    return method, method.Args(**known(method.Args, config, path)), teacher.load(path, device)
 
 
 def settle(a, method, args):
@@ -174,6 +174,7 @@ def settle(a, method, args):
     return args
 
 
+@folder.guarded
 def main(argv=None):
     """Draw or edit images and write them; return uint8 [N,C,H,W] and labels [N] or None; or the level of --find-ts."""
     a = flags(argv)

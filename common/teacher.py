@@ -13,6 +13,9 @@ Deviations from the paper
     A loss or gradient that is not finite stops the run; the authors' code replaces it by numbers.
     GPUs multiply in TF32. The presets fast, small and digits are ours; they do not augment.
 """
+import contextlib
+import io
+import time
 from collections import namedtuple
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,7 +27,7 @@ import torch
 from common import assets, evaluate, folder, released
 from common.augment import augment
 from common.data import load as load_data
-from common.flags import BadInput, config_of, from_presets, parse, say
+from common.flags import BadInput, config_of, from_presets, known, parse, say
 from common.networks import backbone, build
 from common.precond import EDM, TrigFlow
 from common.run import Run
@@ -138,6 +141,7 @@ PRESETS = {
 
 
 # ==== 4. Training =================================================================================
+@Run.guarded
 def main(args):
     """Train as `args` say; return the final figure, {"fd_pixels_teacher": 0.12}."""
     run = Run(args, __file__)
@@ -195,6 +199,9 @@ def load(path, device="cpu"):
         else:
             ckpt = folder.load(path)
             spec, weights = ckpt["model"], ckpt["ema"]
+        parts = spec["kwargs"]["blocks"] * max(1, len(spec["kwargs"]["mult"]))
+        if parts > len(weights):                          # each block has at least one weight
+            raise ValueError(f"it claims {parts} blocks")
         with torch.device("meta"):                        # no memory for shapes that the file only claims
             net = build(spec)
         net.load_state_dict(weights, assign=True)         # strict: names what is missing or misshapen
@@ -206,6 +213,7 @@ def load(path, device="cpu"):
 SAME = ("dataset", "data_dir", "out", "device", "seed", "cond", "size", "flow", "net", "ch", "mult", "blocks", "attn",
         "accum", "bf16", "tf32", "compile", "shard", "grid", "fid", "sd")   # flags that a method hands to its teacher
 MATCH = ("cond", "flow", "net", "ch", "mult", "blocks", "attn", "sd")  # what a teacher found under --out must share
+SECONDS = 5.0                                             # between two looks at a folder that another job has
 Found = namedtuple("Found", "folder diffuses")            # a run folder or None; is it a denoiser, or an f(x, t)?
 
 
@@ -215,10 +223,19 @@ def get(args, data, run, needed=False):
     `--teacher none`, and for a resumed run that does not need it. Raises BadInput."""
     if args.teacher == "none" and needed:
         raise BadInput("--teacher none: there is nothing to distil; name a teacher, or leave the flag out")
+    if args.resume and not needed and "teacher" in args.given:
+        raise BadInput("--teacher defines where a run of this method starts, and is not used again; leave it out")
     if args.teacher == "none" or args.resume and not needed:
         return None, None, {}
+    if args.resume and folder.load(args.resume).get("it", 0) >= args.iters:
+        return load(args.resume, run.device), None, {}    # any network of this shape: no step is left that would use it
     path = locate(args, data, run)
     net = load(path, run.device)
+    run.about["teacher_sha256"] = folder.sha256(net.state_dict())
+    if args.resume and run.about["teacher_sha256"] != config_of(args.resume)["about"].get(
+            "teacher_sha256", run.about["teacher_sha256"]):               # older runs did not record it
+        raise BadInput(f"the teacher {path} is not the one that this run began with, or was trained further; "
+                       "say with --teacher where that is")
     its, mine = net.model.kwargs, (args.sd, *data.images.shape[1:3], data.classes if args.cond else 0)
     theirs = (net.sd, its["channels"], its["size"], its["classes"])
     if mine != theirs:
@@ -231,7 +248,7 @@ def get(args, data, run, needed=False):
     found = Found(Path(path) if Path(path).is_dir() else None, is_diffusion(net, Path(path)))
     if needed and not found.diffuses:
         raise BadInput(f"the teacher {path} is a consistency model, which has no ODE to follow; name a diffusion model")
-    say(f"teacher: {path}{folder.described(path)}")
+    say(f"teacher: {path}{evaluate.described(path)}")
     changes = {k: its[k] for k in ("net", "ch", "mult", "blocks", "attn")}
     changes |= dict(teacher=str(Path(path).resolve()))    # a resumed run may start from another folder
     return net, found, changes | (dict(flow=raw) if hasattr(args, "flow") else {})
@@ -241,11 +258,22 @@ def locate(args, data, run):
     """The path of the teacher that --teacher names; `auto` finds, finishes or trains one, or downloads EDM's."""
     path = args.teacher
     if path == "auto":
+        wait_for(args.out)                                # of jobs that start together, one looks and begins to train
         path = adopt(args, data, run) or (released_address(args) if args.preset in ("fast", "paper") else "train")
     if path == "train":
         say("training the teacher first")
         path = main(wish(args, run, quiet=False))["run"]
+    folder.free(args.out)
     return released.download(path, args.data_dir) if path.startswith(("http://", "https://")) else path
+
+
+def wait_for(path):
+    """Own a folder as soon as nobody else does. The ranks ask together, again and again: in a collective they would
+    wait until it gives up."""
+    said = False
+    while owner := folder.agree(lambda: folder.take(path)):
+        said = said or say(f"{path} is in use by {owner}; waiting for it") or True
+        time.sleep(SECONDS)
 
 
 def typed(run):
@@ -267,22 +295,44 @@ def adopt(args, data, run):
     """The newest teacher under --out that matches what this command would train, with at least as many steps, or None.
     The training of one that was stopped is continued; one that was finished with fewer steps is left as it is."""
     want = wish(args, run)
-    for path in reversed(folder.numbered(args.out, f"teacher-{data.name}")):
-        if not ((path / "ckpt.pt").exists() or (path / "ckpt.prev.pt").exists()):
-            continue                                      # stopped before its first save
-        old = config_of(path)
-        same = all(old.get(k, "edm") == getattr(args, k, "edm") for k in MATCH)    # who has no `flow` means EDM's
-        if old["about"]["data_sha256"] != data.sha256 or not same or typed(run) and old["batch"] != want.batch:
+    for path in folder.agree(lambda: folder.numbered(args.out, folder.stem_of("teacher", data.name))[::-1]):
+        old, about, done = folder.agree(lambda: standing(path))           # which another job may change meanwhile
+        if not old:
+            say(f"{path} is passed over: {done}")
             continue
-        done, planned = folder.load(path)["it"], old["iters"]
-        if planned <= done < want.iters:
+        same = all(getattr(old, k) == getattr(args, k, "edm") for k in MATCH)     # who has no `flow` means EDM's
+        if about["data_sha256"] != data.sha256 or not same or typed(run) and old.batch != want.batch:
+            continue
+        if old.iters <= done < want.iters:
             say(f"the teacher {path} was finished after {done:,} steps, fewer than {want.iters:,}; it is not used")
             continue
-        if done < planned:
+        if done < old.iters:
+            if folder.agree(lambda: folder.take(path)):   # another job trains it
+                folder.free(args.out)
+                wait_for(path)
+                folder.free(path)
+                wait_for(args.out)
+                return adopt(args, data, run)
+            if not done:                                  # killed before its first save
+                folder.free(path)
+                continue
+            folder.free(args.out)
             say(f"the teacher {path} was stopped after {done:,} steps; its training goes on")
-            resume = ["--resume", str(path), "--device", args.device, "--data-dir", args.data_dir]
-            main(parse(Args, PRESETS, [*resume, "--iters", str(max(planned, want.iters))]))
+            where = [w for k in ("device", "data_dir", "dataset") for w in (f"--{k}", getattr(args, k))]
+            main(parse(Args, PRESETS, ["--resume", str(path), *where, "--iters", str(max(old.iters, want.iters))]))
         return str(path)
+
+
+def standing(path):
+    """The Args of a teacher's folder, `about` of its config.json, its steps; (None, None, why) if that is damaged."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            config = config_of(path)
+            old = Args(**known(Args, config, path))
+            done = folder.load(path).get("it", 0) if any(path.glob("ckpt*")) else 0
+            return old, config["about"], done
+        except BadInput as e:
+            return None, None, e.message
 
 
 def is_diffusion(net, path):
@@ -294,12 +344,12 @@ def is_diffusion(net, path):
 
 def show(teacher, found, run, data):
     """Put the teacher's figures and grid beside the run's own: those of its folder, or measured now."""
-    if teacher is None or not found.diffuses or run.args.resume:
+    if teacher is None or run.args.resume or not found.diffuses:
         return
     if found.folder and evaluate.adopt(run, found.folder):
         return
-    known = found.folder and (found.folder / "config.json").exists()
-    its = Args(steps=config_of(found.folder)["steps"] if known else Args.steps)
+    its = standing(found.folder)[0] if found.folder else None
+    its = its or Args()
 
     def draw(noise, y):
         return sample(teacher, noise, y, its)

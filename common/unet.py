@@ -290,7 +290,8 @@ class UNet(nn.Module):
             e = e + self.map_augment(augment.to(e.dtype))
         if self.classes:
             y = torch.full((1,), -1, device=e.device) if y is None else y
-            onehot = (y[:, None] == torch.arange(self.classes, device=e.device)).to(e.dtype)
+            rows = torch.eye(self.classes + 1, self.classes, device=e.device, dtype=e.dtype)     # the last: no label
+            onehot = F.embedding(torch.where(y == -1, self.classes, y), rows)     # IndexError where a label is no class
             label = self.map_label(onehot if adm else onehot * math.sqrt(self.classes))
         e = self.map_layer1(F.silu(self.map_layer0(e if adm else e + label)))
         return F.silu(e + label if adm else e)

@@ -307,8 +307,11 @@ def test_a_teacher_that_does_not_fit_is_refused(refuses, tmp_path, train):
 def test_a_resume_that_contradicts_the_run_is_refused(refuses, train):
     """A changed defining flag, no run, the run of another script, a run without readable weights."""
     _, run = train("ect", "--iters", "1")
-    for argv in ("--lr 1", "--dataset mnist", "--cond", "--q 3", "--teacher auto"):
+    for argv in ("--lr 1", "--cond", "--q 3"):
         assert f"{argv.split()[0]} defines the run" in refuses("--resume", run, *argv.split())
+    assert "--teacher defines where" in refuses("--resume", run, "--teacher", "auto")
+    other = data_set(run.parent / "digits.npz")
+    assert "does not hold the images" in refuses("--resume", run, "--dataset", other, "--iters", "2")
     assert "no run folder" in refuses("--resume", run.parent)
     assert "made by ect" in refuses("--resume", run, script=teachers)
     (run / "ckpt.pt").write_bytes(b"not a checkpoint")
@@ -340,7 +343,7 @@ def test_run_folder_is_complete(method, train):
     mode = getattr(importlib.import_module(method).Args, "mode", "")      # is part of the method's name
     stem = "-".join(filter(None, [method, mode, "digits-000"]))
     assert run.name == stem and {p.name for p in run.iterdir()} == {
-        "config.json", "log.jsonl", "eval.jsonl", "ckpt.pt", "ckpt.prev.pt", "samples", "source"}
+        "config.json", "log.jsonl", "eval.jsonl", "ckpt.pt", "ckpt.prev.pt", "samples", "source", ".lock"}
     kept = config(run)
     about = kept.pop("about")
     assert kept.keys() == {f.name for f in dataclasses.fields(importlib.import_module(method).Args)}
@@ -408,9 +411,11 @@ def test_folders_are_numbered_after_the_last(tmp_path):
     """Counting instead of looking: a deleted run would make the next one land in, or before, an old one."""
     for name in "ect-digits-000 ect-digits-007 ect-digits-90-old ect-digits-large-009 x-digits-020".split():
         (tmp_path / name).mkdir()
-    run = Run(tiny("--out", str(tmp_path)), ect.__file__)
-    assert run.new_folder("digits").name == "ect-digits-008"
-    assert run.new_folder("digits-large").name == "ect-digits-large-010"
+    (tmp_path / "ect-digits-010").write_text("")          # a file takes a number, too
+    (tmp_path / "ect-digits-\u00b2").mkdir()              # a digit to str.isdigit, and nothing to int
+    assert folder.create(tmp_path, "ect-digits").name == "ect-digits-011"
+    assert folder.create(tmp_path, "ect-digits-large").name == "ect-digits-large-010"
+    folder.END.close()
 
 
 def test_log_holds_the_averages_of_the_interval(train, wrap_loss):
@@ -567,7 +572,7 @@ def test_auto_trains_a_teacher_once_and_shows_its_figure(train, tmp_path):
     _, second = train("ect", "--teacher", "auto", "--teacher-iters", "1", "--iters", "1")
     assert snapshot(teacher) == before and config(second)["teacher"] == str(teacher)
     train("ect", "--teacher", "auto", "--teacher-iters", "1", "--iters", "1", "--blocks", "2")
-    assert {p.name for p in teacher.parent.iterdir()} == {"teacher-digits-000", "teacher-digits-001"} | {
+    assert {p.name for p in teacher.parent.iterdir()} == {"teacher-digits-000", "teacher-digits-001", ".lock"} | {
         f"ect-digits-00{i}" for i in range(3)}
 
 
@@ -626,7 +631,7 @@ def test_an_unfinished_teacher_is_finished_first(train, tmp_path):
     back_to(whole, 2, tmp_path / "some/teacher-digits-000")
     train("ect", "--teacher", "auto", "--teacher-iters", "3", "--iters", "1", "--out", str(tmp_path / "some"))
     assert same(ckpt(whole), ckpt(tmp_path / "some/teacher-digits-000"))
-    assert {p.name for p in (tmp_path / "some").iterdir()} == {"teacher-digits-000", "ect-digits-000"}
+    assert {p.name for p in (tmp_path / "some").iterdir()} == {"teacher-digits-000", "ect-digits-000", ".lock"}
 
 
 def test_a_student_starts_as_its_teacher(train):
@@ -786,11 +791,12 @@ def test_a_truncated_checkpoint_falls_back_and_says_so(train, capsys):
     assert same(whole, ckpt(run))
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(train, write_half, tmp_path):
+def test_a_full_disk_leaves_the_old_checkpoint(train, write_half, tmp_path, capsys):
     """Half a file, or the good one gone, where there is no space for a new one."""
     write_half(4, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SystemExit, match="2"):
         train("ect")
+    assert "error: No space left" in capsys.readouterr().err
     run = tmp_path / "runs/ect-digits-000"
     assert [p.name for p in run.glob("ckpt*")] == ["ckpt.pt"] and ckpt(run)["it"] == 2
 
@@ -900,18 +906,19 @@ def nan_gradient(it, net, loss, stats):
 
 @pytest.mark.parametrize("change, what", [
     (nan_loss(3), "loss"), (infinite_loss, "loss"), (nan_gradient, "gradient")])
-def test_not_finite_stops_before_anything_is_saved(change, what, train, wrap_loss, handlers, tmp_path):
+def test_not_finite_stops_before_anything_is_saved(change, what, train, wrap_loss, handlers, tmp_path, capsys):
     """A ruined network saved over a good one, and no trace of where it began."""
     levels = []
     wrap_loss(lambda *a: levels.append(a[-1]["t"].flatten()) or change(*a))
-    with pytest.raises(FloatingPointError) as info:
+    with pytest.raises(SystemExit) as info:
         train("ect", "--seed", "5")
     run = tmp_path / "runs/ect-digits-000"
     assert ckpt(run)["it"] == 2 and not (run / "ckpt.tmp").exists() and len(lines(run / "log.jsonl")) == 1
     t = levels[3]
     low, high, n = (t[1], t[1], 1) if what == "loss" else (t.min(), t.max(), 8)
-    assert str(info.value).startswith(f"step 3, seed 5, rank 0: {what} not finite, "
-                                      f"noise levels {low:.4g} .. {high:.4g} ({n} of 8 images)")
+    err = next(line for line in capsys.readouterr().err.split("\n") if "error: " in line).split("\r")[-1]
+    assert info.value.code == 1 and err.startswith(f"error: step 3, seed 5, rank 0: {what} not finite, noise levels "
+                                                   f"{low:.4g} .. {high:.4g} ({n} of 8 images)")
     assert {s: signal.getsignal(s) for s in handlers} == handlers
 
 
@@ -924,12 +931,13 @@ def test_max_skips_skips_the_update_and_no_more(train, wrap_loss, capsys, tmp_pa
     assert "step 2, seed 0" in capsys.readouterr().err
     assert all(math.isfinite(v) for r in lines(run / "log.jsonl") for v in r.values())
     wrap_loss(nan_loss(3))                                                # on top of the one at step 2
-    with pytest.raises(FloatingPointError, match="step 3"):
+    with pytest.raises(SystemExit, match="1"):
         train("ect", "--max-skips", "1")
+    assert "error: step 3" in capsys.readouterr().err
 
 
 @each_script
-def test_a_last_update_that_ruins_the_weights_is_not_saved(script, train, tmp_path, monkeypatch):
+def test_a_last_update_that_ruins_the_weights_is_not_saved(script, train, tmp_path, monkeypatch, capsys):
     """Loss and gradient are finite, and what the optimiser makes of them is not."""
     sync = Run.sync
 
@@ -937,17 +945,19 @@ def test_a_last_update_that_ruins_the_weights_is_not_saved(script, train, tmp_pa
         opt.param_groups[0]["lr"] = 1e38 if it == 3 else opt.param_groups[0]["lr"]
         return sync(self, opt, it)
     monkeypatch.setattr(Run, "sync", ruin)
-    with pytest.raises(FloatingPointError, match="step 4"):
+    with pytest.raises(SystemExit, match="1"):
         train(script)
+    assert "error: step 4: the weights" in capsys.readouterr().err
     run = max((tmp_path / "runs").iterdir(), key=os.path.getmtime)
     assert ckpt(run)["it"] == 2 and not (run / "ckpt.tmp").exists()
 
 
-def test_a_run_whose_steps_were_all_skipped_is_no_success(train, wrap_loss):
+def test_a_run_whose_steps_were_all_skipped_is_no_success(train, wrap_loss, capsys):
     """Exit 0, and weights that nothing changed."""
     wrap_loss(lambda it, net, loss, stats: (loss * math.nan, stats))
-    with pytest.raises(FloatingPointError, match="step 4"):
+    with pytest.raises(SystemExit, match="1"):
         train("ect", "--max-skips", "99")
+    assert "error: step 4: no step was finite" in capsys.readouterr().err
 
 
 def test_images_that_are_not_finite_are_no_pictures(train, capsys, tmp_path):

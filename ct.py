@@ -127,8 +127,8 @@ class Args:
     tf32: bool = True                 # TensorFloat-32 products on CUDA: 10 bits of 23, and faster
     compile: bool = False             # torch.compile the network
     shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
-    steps: int = 2                    # sampling steps (>= 1)
-    grid: int = 64                    # images in a sample grid (>= 1)
+    steps: int = 2                    # sampling steps (>= 1, <= 1000)
+    grid: int = 64                    # images in a sample grid (>= 1, <= 10000)
     log_every: int = 100              # steps between log lines (>= 1)
     save_every: int = 5_000           # steps between checkpoints, grids and figures (>= 1)
     keep: bool = False                # keep every checkpoint, not only the last two

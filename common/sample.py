@@ -6,8 +6,10 @@ Images from any run: a run folder, or one of its checkpoints. --out ends in .png
 (noisy, grey, coarse or with a hole), the result."""
 import importlib
 import math
+import os
 import statistics
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +125,8 @@ def as_frequent(folder, n):
     counts, labels = config_of(folder)["about"].get("images_per_class"), []
     if counts is None:
         return None
+    if type(counts) is not list or not all(type(c) is int and 0 <= c < 2**31 for c in counts) or not any(counts):
+        raise BadInput(f"{folder}: images_per_class in its config.json is damaged; restore it")
     counts = torch.tensor(counts)
     behind = torch.zeros_like(counts)
     for _ in range(n):
@@ -134,7 +138,7 @@ def as_frequent(folder, n):
 
 def folder_of(path):
     """The run folder of a path to it or to a checkpoint in it."""
-    return Path(path) if Path(path).is_dir() else Path(path).parent
+    return Path(path) if os.path.isdir(path) else Path(path).parent
 
 
 def script_called(name):
@@ -179,8 +183,7 @@ def main(argv=None):
     """Draw or edit images and write them; return uint8 [N,C,H,W] and labels [N] or None; or the level of --find-ts."""
     a = flags(argv)
     out = Path(a.out or "grid.png")
-    if out.suffix not in (".png", ".npz") and out.exists():
-        raise BadInput(f"--out {out} exists already; name a new folder, a .png or a .npz")
+    check_out(out)
     device = device_of(a.device)
     method, args, net = load_run(a.run, device)
     args = settle(a, method, args)
@@ -195,7 +198,7 @@ def main(argv=None):
     real, own = images_of(a, args, size, channels) if a.edit in EDITS or a.find_ts else (None, None)
     n = a.n or (64 if real is None else 16 if a.edit else FD_IMAGES)
     n = n if real is None else min(n, len(real))
-    if classes and out.suffix != ".png" and not (a.edit or a.find_ts):
+    if classes and out.suffix.lower() != ".png" and not (a.edit or a.find_ts):
         own = as_frequent(folder_of(a.run), n)                    # an FID of these images compares them with the data
     labels = labels_of(a, classes, own)
     cols = n if a.edit in EDITS else max(2, min(n, 8)) if a.edit else 0 if labels is None else len(labels)
@@ -211,7 +214,8 @@ def main(argv=None):
 
     def draw(make):
         """make(ids, labels) of all images, --batch at a time."""
-        batches = tqdm(torch.arange(n).split(a.batch), disable=n <= a.batch or a.find_ts)
+        batch = min(a.batch, max(1, 2**26 // (k * channels * size**2)))           # noise of half a gigabyte at most
+        batches = tqdm(torch.arange(n).split(batch), disable=n <= batch or a.find_ts)
         return torch.cat([make(i, None if labels is None else labels[i].to(device)).cpu() for i in batches])
 
     def plain(i, y):
@@ -285,17 +289,33 @@ def find(name, score, path, net, t_max, draw, noise, t_mid):
     return best
 
 
+def check_out(out):
+    """Refuse, before the work, an --out that could not be written, or whose ending promises something else. BadInput."""
+    kind, place = out.suffix.lower(), next(p for p in out.absolute().parents if os.path.exists(p))
+    if kind not in (".png", ".npz") and kind in {*Image.registered_extensions(), ".zip", ".npy"}:
+        raise BadInput(f"--out {out}: no {kind} is written here; name a .png, a .npz or a new folder")
+    if os.path.exists(out) and (os.path.isdir(out) or kind not in (".png", ".npz")):
+        raise BadInput(f"--out {out} exists already; name a .png, a .npz or a new folder")
+    if not os.path.isdir(place) or not os.access(place, os.W_OK) or len(os.fsencode(out.name)) > 200:
+        raise BadInput(f"--out {out.name[:100]} cannot be written in {out.parent}; name another")
+
+
 def write(images, labels, out, sheet, cols):
+    """Write all of it, or nothing: into a folder beside `out` first."""
     rows = images.permute(0, 2, 3, 1).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".png":
-        picture(sheet, cols).save(out)
-    elif out.suffix == ".npz":
-        np.savez_compressed(out, images=rows, **({} if labels is None else dict(labels=labels.numpy())))
-    else:
-        out.mkdir()
-        for i, row in enumerate(rows):
-            Image.fromarray(row.squeeze()).save(out / f"{i:06d}.png")
+    with tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as tmp:
+        new = Path(tmp) / out.name
+        if out.suffix.lower() == ".png":
+            picture(sheet, cols).save(new)
+        elif out.suffix.lower() == ".npz":
+            with open(new, "wb") as f:                    # np.savez adds an ending to .NPZ
+                np.savez_compressed(f, images=rows, **({} if labels is None else dict(labels=labels.numpy())))
+        else:
+            new.mkdir()
+            for i, row in enumerate(rows):
+                Image.fromarray(row.squeeze()).save(new / f"{i:06d}.png")
+        os.replace(new, out)
 
 
 if __name__ == "__main__":

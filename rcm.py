@@ -169,10 +169,10 @@ def dmd_loss(net, fake, teacher, z_roll, z, y, args):
 
 def loss_fn(net, fake, teacher, x0, y, it, args, reseed):
     """Of the student. x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t as
-    noise level [B,1,1,1], loss [B]. Networks have F(x, t, y) -> [B,C,H,W]; around them all is
-    float64. reseed() resets the random generator: the calls in scm_loss drop the same units.
+    noise level [B,1,1,1], loss [B]. Networks have F(x, t, y), as in common/precond.py, TrigFlow;
+    around them all is float64. reseed() resets the generator: scm_loss drops the same units twice.
     Reads args.sd, H, lambda_dmd, loss_scale, P_mean, P_std, jvp, guidance, c, N_max, rollout,
-    D_mean, D_std, sigma_max, t_mid. F is as in common/precond.py, TrigFlow."""
+    D_mean, D_std, sigma_max, t_mid."""
     x0 = x0.to(torch.float32 if x0.is_mps else torch.float64)
     N = rounds(it, args) if args.lambda_dmd and it >= args.H else 0
     z_scm, z_dmd = args.sd * torch.randn_like(x0), args.sd * torch.randn_like(x0)
@@ -348,8 +348,7 @@ def main(args):
                 loss, stats = fake_loss_fn(net, fake, x0, y, it, args)  # *
             (loss / args.accum).backward()
             run.count(stats)                              # for the log; stays on the device
-        lr = args.lr * min(1, (it + 1) / max(args.warmup, 1))  # *
-        lr *= 1 if students else args.fake_lr             # *
+        lr = args.lr * min(1, (it + 1) / max(args.warmup, 1)) * (students or args.fake_lr)  # *
         for group in opt.param_groups:
             group["lr"] = lr
         if run.sync(opt, it):                             # mean over ranks; False: not finite, skip

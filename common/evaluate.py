@@ -110,7 +110,7 @@ def cut_logs(run, it):
 
 def described(path):
     """', 1,600 steps, FD (pixels) 0.130': what is known of the teacher in a run folder; nothing of another path."""
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         return ""
     last = {s["metric"]: s["value"] for s in figures(path) if s["net"] == "teacher"}
     figure = f", FD (pixels) {last['fd_pixels']:.3f}" if "fd_pixels" in last else ""

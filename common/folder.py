@@ -165,7 +165,7 @@ def check_room(path, state):
     numbers += [2 * p.numel() for o in state.values() for g in getattr(o, "param_groups", ()) for p in g["params"]]
     path = Path(path).resolve()
     need = 3 * 4 * sum(numbers) - sum(f.stat().st_size for f in path.glob("ckpt*.pt"))
-    there = next(p for p in (path, *path.parents) if p.exists())
+    there = next(p for p in (path, *path.parents) if os.path.exists(p))
     room = shutil.disk_usage(there).free
     if room < need:
         raise BadInput(f"{path}: {room / 1e9:.1f} GB are free there, and three checkpoints of this run take "
@@ -236,7 +236,7 @@ def load(path):
         try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True) if intact(f) else None
             why = "damaged, or not of torch.save" if ckpt is None else "the file is not one of these scripts'"
-            if isinstance(ckpt, dict) and "model" in ckpt:
+            if isinstance(ckpt, dict) and "model" in ckpt and type(ckpt.get("it", 0)) is int:
                 # a tensor with strides of 0 may be larger than its file; networks and averages may share their numbers
                 if sum(v.nbytes for v in tree_leaves(ckpt) if torch.is_tensor(v)) <= 4 * os.path.getsize(f):
                     return ckpt
@@ -257,7 +257,7 @@ def restore(folder, state, data, shard):
                        "--dataset where they are")
     ckpt = load(folder)
     try:
-        if type(ckpt["it"]) is not int or not 0 <= ckpt["it"] <= LARGEST:
+        if not 0 <= ckpt["it"] <= LARGEST:
             raise ValueError(f"its step is {ckpt['it']}")
         for k, v in state.items():
             v.load_state_dict(shard_like(ckpt[k], v) if shard else ckpt[k])

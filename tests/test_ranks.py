@@ -44,8 +44,8 @@ def few(data):
 
 # ---- in each of the two processes ----------------------------------------------------------------
 def work(out):
-    data, saw, new_folder = load("digits"), {}, Run.new_folder
-    Run.new_folder = lambda *a: time.sleep(rank / 10) or new_folder(*a)   # rank 1 comes too late to choose it
+    data, saw, agree = load("digits"), {}, folder.agree
+    folder.agree = lambda call: time.sleep(rank / 10) or agree(call)      # rank 1 comes too late to choose the folder
     saw["refusal"] = caught(lambda: Run(flags(out, "--batch", "7"), ect.__file__))
 
     args = flags(out / "loop", "--max-skips", "1", "--batch", "8", "--accum", "2", "--cond", "--flip")
@@ -190,6 +190,7 @@ def out(tmp_path_factory):
                        env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert p.returncode == 0, p.stderr[-6000:]
     assert p.stdout.count("network ") == 11, "one table for each run, from the first rank"
+    assert "torchrun --nproc-per-node 2 -m ect --resume " in p.stdout
     return out
 
 

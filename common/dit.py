@@ -106,7 +106,7 @@ class DiT(nn.Module):
         c = self.map_layer1(F.silu(self.map_layer0(sines(c_noise, self.ch))))
         if self.classes:
             y = torch.full((1,), -1, device=c.device) if y is None else y
-            c = c + F.embedding(torch.where(y == -1, self.classes, y), self.map_label.to(c.dtype))    # minds a -2
+            c = c + F.embedding(y + 1, self.map_label.roll(1, 0).to(c.dtype))     # IndexError where y is no class
         if augment is not None:
             c = c + self.map_augment(augment.to(c.dtype))
         return F.silu(c)

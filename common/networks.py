@@ -9,21 +9,22 @@ from common.flags import BadInput
 from common.precond import EDM, TrigFlow
 from common.unet import UNet
 
-LARGEST = 4096                    # pixels a side of a network's images
+SIDE = 4096                       # pixels a side of a network's images
 NETS = dict(ddpmpp=UNet, ncsnpp=UNet, adm=UNet, dit=DiT)
 
 
 def build(spec, dtype=torch.float32):
-    """The untrained network that `spec` describes: the `spec` of an EDM or TrigFlow, kept in every checkpoint."""
-    kwargs, sd = spec["kwargs"], spec["sd"]
-    if not (0 < sd < math.inf and 0 <= spec.get("t_min", 0) < math.inf and 0 <= kwargs["dropout"] < 1):
+    """The untrained network that `spec` describes: the `spec` of an EDM or TrigFlow, kept in every checkpoint. Raises
+    ValueError, or whatever else a spec leads to that is none."""
+    kwargs, sd, t_min = spec["kwargs"], float(spec["sd"]), float(0 if spec["flow"] == "trig" else spec["t_min"])
+    if not (0 < sd < math.inf and 0 <= t_min < math.inf and 0 <= kwargs["dropout"] < 1):
         raise ValueError("its sd, t_min or dropout is none")
-    if not 0 < kwargs["size"] <= LARGEST or not 0 <= kwargs["classes"] < 2**31:
+    if not 0 < kwargs["size"] <= SIDE or not 0 <= kwargs["classes"] < 2**31:
         raise ValueError(f"images of {kwargs['size']} pixels a side, {kwargs['classes']} classes")
     model = NETS[spec["net"]](**kwargs)
     if spec["flow"] == "trig":
-        return TrigFlow(model, spec["sd"], spec["raw"], dtype)
-    return EDM(model, spec["sd"], spec["t_min"], dtype)
+        return TrigFlow(model, sd, spec["raw"], dtype)
+    return EDM(model, sd, t_min, dtype)
 
 
 def backbone(args, data, teacher=None, **more):

@@ -290,8 +290,8 @@ class UNet(nn.Module):
             e = e + self.map_augment(augment.to(e.dtype))
         if self.classes:
             y = torch.full((1,), -1, device=e.device) if y is None else y
-            rows = torch.eye(self.classes + 1, self.classes, device=e.device, dtype=e.dtype)     # the last: no label
-            onehot = F.embedding(torch.where(y == -1, self.classes, y), rows)     # IndexError where a label is no class
+            rows = torch.eye(self.classes + 1, device=e.device, dtype=e.dtype)[:, 1:]     # the first: no label
+            onehot = F.embedding(y + 1, rows)     # IndexError where y is no class
             label = self.map_label(onehot if adm else onehot * math.sqrt(self.classes))
         e = self.map_layer1(F.silu(self.map_layer0(e if adm else e + label)))
         return F.silu(e + label if adm else e)

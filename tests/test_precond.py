@@ -320,3 +320,38 @@ def test_at_level_zero_f_is_the_identity(wrap, how, dtype):
     assert torch.equal(out[::2], x[::2]) and out.isfinite().all() and not torch.equal(out[1], x[1])
     out.sum().backward()
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1,), (1, 2), ()])
+def test_a_label_of_another_shape_is_an_error(shape):
+    """Labels [B, 1] are broadcast against the classes of a whole batch."""
+    for net in (EDM(Spy()), TrigFlow(Spy())):
+        with pytest.raises(ValueError, match=r"make it \[2\]"):
+            net(torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 1, 1), torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("family", [dict(net="ddpmpp"), dict(net="adm", ch=64), dict(net="dit", ch=16)])
+def test_a_label_that_is_no_class_is_an_error(family):
+    """-2, counted from the end of the table: class 3 of 5; 5, which is no label without a word."""
+    kwargs = dict(size=8, channels=1, mult=(1,), blocks=1, attn=(), classes=5, dropout=0.0, ch=16) | family
+    net = build(dict(flow="edm", sd=.5, t_min=0, net=family["net"], kwargs=kwargs)).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=.2)
+    x, t = torch.ones(2, 1, 8, 8), torch.ones(2, 1, 1, 1)
+    for y in (-2, 5):
+        with pytest.raises(IndexError):
+            net(x, t, torch.tensor([0, y]))
+    assert torch.equal(net(x, t, torch.tensor([-1, -1])), net(x, t))
+    assert len({float(net(x, t, torch.tensor([y, y]))[0].sum()) for y in range(-1, 5)}) == 6
+
+
+@pytest.mark.parametrize("change", [dict(sd=0), dict(sd=float("nan")), dict(sd="x"), dict(t_min=-1), dict(t_min=None),
+                                    dict(dropout=5), dict(size=0), dict(size=10**6), dict(classes=-1), dict(blocks="2")])
+def test_a_spec_that_describes_no_network_is_an_error(change):
+    """Found out at the first step of a training, or never."""
+    kwargs = dict(size=8, channels=1, mult=(1,), blocks=1, attn=(), classes=0, dropout=0.0, ch=16)
+    spec = dict(flow="edm", sd=.5, t_min=0, net="dit", kwargs=kwargs)
+    build(spec)
+    inner, outer = ({k: v for k, v in change.items() if (k in kwargs) is inside} for inside in (True, False))
+    with pytest.raises((ValueError, TypeError)):
+        build(spec | outer | dict(kwargs=kwargs | inner))

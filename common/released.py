@@ -4,10 +4,10 @@ Their .pkl files hold Python objects together with their source code, which NVID
 that a file asks for becomes inert data, or is refused; nothing that a file names is imported or called."""
 import io
 import math
+import os
 import pickle
 import pickletools
 import re
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import torch
 
 from common import assets
+from common.flags import BadInput
 
 ADDRESS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{}-{}.pkl"
 STORAGES = {"torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
@@ -32,7 +33,9 @@ def download(url, data_dir):
     if url != ADDRESS.rsplit("/", 1)[0] + "/" + name:
         name = f"{sha256(url.encode()).hexdigest()[:8]}-{name[-100:]}"
     path = Path(data_dir) / name
-    sources = [(f"{url} (CC BY-NC-SA 4.0: not for commercial use)", partial(torch.hub.download_url_to_file, url))]
+    if not os.path.isfile(path) and not assets.ready(path):     # unlike other assets, it is read from there
+        raise BadInput(f"--data-dir {data_dir} cannot be written or has less than 1 GiB left; name another")
+    sources = [(f"{url} (CC BY-NC-SA 4.0: not for commercial use)", lambda file: assets.download(url, file, 2**32))]
     assets.fetch(path, sources, read, ", or train a teacher first: --teacher train")
     return str(path)
 
@@ -57,8 +60,7 @@ class Inert(dict):
 
 
 class Unpickler(pickle._Unpickler):                       # the one in C takes memory for any index that a file names
-    """Reads the next pickle of a stream that can seek, as inert data: every name becomes its class in KNOWN, or is
-    refused. Raises ValueError, or whatever a damaged pickle leads to."""
+    """load() -> the next pickle in a file, as inert data. Raises ValueError, or whatever a damaged pickle leads to."""
     KNOWN = {name: type(name, (Inert,), {}) for name in NAMES}
     dispatch = pickle._Unpickler.dispatch | dict.fromkeys(b"}\x8f", lambda self: self.append(Inert()))   # dict and set
 
@@ -104,12 +106,10 @@ def storage(data):
 
 
 def parameters(module, prefix, seen):
-    """(name, Inert tensor) of an Inert module and all below it, in the order of torch's state_dict. `seen` are the ids
-    of the modules met so far."""
+    """(name, Inert tensor) of an Inert module and all below, in torch's order. `seen`: the ids of those met before."""
     state = module.args[0]["state"] if module.args else module.state      # EDM's own classes; torch's ModuleDict
     tensors = state.get("_parameters", {}) | state.get("_buffers", {})
-    # 40 modules, each holding the next twice, take 2**40 steps; long names and lists can be shared by many modules
-    if id(module) in seen or len(prefix) > 200 or len(tensors) > 1000:
+    if id(module) in seen or len(prefix) > 200 or len(tensors) > 1000:    # 40 of them, sharing the next, are 2**40
         raise ValueError("a module in it is part of itself or of two others, or larger than any of EDM's")
     seen.add(id(module))
     yield from ((prefix + k, v) for k, v in tensors.items() if v is not None)
@@ -120,7 +120,7 @@ def parameters(module, prefix, seen):
 def read(path):
     """The averaged network in a .pkl of EDM or ECT: its spec for networks.build, and its weights {name: float32}.
     Raises ValueError, or whatever else a damaged file leads to."""
-    if not Path(path).is_file():                          # a pipe would be waited for
+    if not os.path.isfile(path):                          # a pipe would be waited for
         raise ValueError("there is no such file")
     with open(path, "rb") as f:
         net = Unpickler(f).load()["ema"]

@@ -368,7 +368,7 @@ HOSTILE = dict(
     laughing_size=model(w=tensor(size=laughs(60))), laughing_arguments=ema(Op(b"cnumpy\ndtype\n" + laughs(60) + b"R")),
     shared_storage=model(w=Op(tensor([0.0] * 2**18, size=(2**18,), stride=(1,)) + put(5)),
                          **{f"w{i}": get(5) for i in range(500)}),
-    shared_and_empty=model(w=Op(tensor([0.0], size=(0,), stride=(0,)) + put(5)), **{f"w{i}": get(5) for i in range(500)}),
+    shared_and_empty=model(w=Op(tensor([0.0], size=(0,), stride=(0,)) + put(5)), **{f"w{i}": get(5) for i in range(99)}),
     shared_list=file({"a": module("Linear", _parameters=dict.fromkeys(map(str, range(1001))))}),
     strange_number=file(sigma_data=call(SCALAR, call("numpy.dtype", laughs(60)), b"12345678")),
     deep_list=b"]" * 30_000 + b"a" * 29_999 + b".", deep_tuple=b"N" + b"\x85" * 30_000 + b".",
@@ -497,7 +497,7 @@ print(json.dumps(seen))
 
 
 def test_the_reader_takes_what_torch_writes():
-    """Whole numbers as keys (an optimiser's), tuples as persistent ids, attributes of an OrderedDict, a file in a .zip."""
+    """Whole numbers as keys (an optimiser's), tuples as persistent ids, attributes of an OrderedDict, inside a .zip."""
     net, out = torch.nn.Linear(2, 2), io.BytesIO()
     optimiser = torch.optim.RAdam(net.parameters())
     net(torch.ones(1, 2)).sum().backward()
@@ -512,6 +512,22 @@ def test_the_reader_takes_what_torch_writes():
     (_, kind, _, _, count), offset, size, stride = found["net"]["weight"].args[:4]
     assert (kind.__name__, count, offset, size, stride) == ("torch.FloatStorage", 4, 0, (2, 2), (2, 1))
     assert list(found["opt"]["state"]) == [0, 1] and found["config"] == dict(a=None, b=(1, 0.5, True))
+
+
+def test_a_released_file_is_downloaded_within_limits(monkeypatch, tmp_path):
+    """Gigabytes without end; an hour of it, and then the folder cannot be written."""
+    seen = []
+    monkeypatch.setattr(released.assets, "fetch", lambda path, sources, *a: seen.extend(sources))
+    released.download("https://a.org/x.pkl", tmp_path)
+    (_, get), = seen
+    monkeypatch.setattr(released.assets, "download", lambda *a: seen.append(a))
+    get("file")
+    assert seen[1:] == [("https://a.org/x.pkl", "file", 2**32)]
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / ("x" * 300)):
+        with pytest.raises(SystemExit) as e:
+            released.download("https://a.org/x.pkl", folder)
+        assert e.value.code == 2 and "cannot be written" in e.value.message and len(seen) == 2
 
 
 def test_addresses_do_not_share_a_file(monkeypatch, tmp_path):

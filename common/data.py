@@ -71,7 +71,7 @@ def load(name, data_dir="data", size=0, device="cpu"):
     """The data set `name`: digits | mnist | fashion_mnist | cifar10, with -test: its test images |
     a folder or .zip of images, also in EDM's format | an image | a .npz. Downloads stay in
     `data_dir`. `size`, pixels a side, is for images, folders and .zip files; 0 stands for 32, or
-    in EDM's format for the size of its images. Raises BadInput."""
+    in EDM's format for the size of its images; None for the one size of all. Raises BadInput."""
     path, base, names = Path(name).expanduser(), name.removesuffix("-test"), None
     if name == "digits":
         path = Path(__file__).with_name("digits.npz")
@@ -98,7 +98,7 @@ def load(name, data_dir="data", size=0, device="cpu"):
 
 
 def check_size(name, size, native):
-    if size not in (0, native):
+    if size not in (None, 0, native):
         raise BadInput(f"{name} has images of {native} pixels a side, not {size}; leave --size out")
 
 
@@ -131,8 +131,10 @@ def from_files(path, size):
     if not files:
         raise BadInput(f"{path}: no images there ({' '.join(ENDINGS)}), but {endings(skipped)}")
     labels, names = edm_labels(path, files, opened) if edm else class_folders(path, files)
-    size = size or edm and side(opened, files[0]) or 32
+    stored, size = size is None, size or (edm or size is None) and side(opened, files[0]) or 32
     images, sizes = pictures(path, files, opened, size)
+    if stored and set(sizes) != {(size, size)}:
+        raise BadInput(f"{path}: the images are not square and of one size; --size N makes them so")
     report(path, skipped, names, sizes, size)
     return images, labels, names
 

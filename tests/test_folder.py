@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +97,9 @@ def test_a_run_in_training_is_not_resumed_by_another_job(train, job, refused, tm
 
 def test_two_jobs_that_list_a_folder_at_once_get_two_numbers(tmp_path, monkeypatch):
     """The second is refused, or writes into the first one's run."""
-    stale = folder.numbered(tmp_path, "ect-digits")
+    listed = [folder.numbered(tmp_path, "ect-digits")]
     first = folder.create(tmp_path, "ect-digits")
-    seen = iter([stale])
-    monkeypatch.setattr(folder, "numbered", lambda *a, real=folder.numbered: next(seen, None) or real(*a))
+    monkeypatch.setattr(folder, "numbered", lambda *a, real=folder.numbered: listed.pop() if listed else real(*a))
     assert (first.name, folder.create(tmp_path, "ect-digits").name) == ("ect-digits-000", "ect-digits-001")
     folder.END.close()
 
@@ -122,14 +122,32 @@ def test_a_teacher_in_training_is_waited_for_and_taken_over_if_its_job_dies(trai
         slow_teacher(m, 1.0)
         first = job(train, "common.teacher", "--save-every", "1")
     until((teacher / "ckpt.pt").exists)
-    second = job(train, "ect", *AUTO)                     # waits
-    train("ect", *AUTO, "--blocks", "2")                  # does not
+    waits = tmp_path / "waits"
+    with monkeypatch.context() as m:
+        m.setattr(teachers, "say", lambda text: waits.touch() if "waiting" in text else None)
+        second = job(train, "ect", *AUTO)
+    until(waits.exists)
+    train("ect", *AUTO, "--blocks", "2")                  # does not wait
     assert (tmp_path / "runs/teacher-digits-001/ckpt.pt").exists()
     assert os.waitpid(first, os.WNOHANG) == os.waitpid(second, os.WNOHANG) == (0, 0)
     assert not any((tmp_path / "runs").glob("ect-digits-001"))
     os.kill(first, signal.SIGKILL)
     assert ended(second) == 0 and ckpt(teacher)["it"] == 4
     assert config(tmp_path / "runs/ect-digits-001")["teacher"] == str(teacher)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_job_that_trains_a_teacher_holds_up_no_other(half, train, job, monkeypatch, tmp_path):
+    """All who look for a teacher in the same place wait until it is trained, whatever they look for."""
+    teacher = tmp_path / "runs/teacher-digits-000"
+    if half:
+        back_to(train("common.teacher", "--keep", "--out", str(tmp_path / "more"))[1], 2, teacher)
+    with monkeypatch.context() as m:
+        slow_teacher(m, 2.0)
+        first = job(train, "ect", *AUTO)
+    until((teacher / ("log.jsonl" if half else "config.json")).exists)
+    train("ect", *AUTO, "--blocks", "2")
+    assert os.waitpid(first, os.WNOHANG) == (0, 0) and not any((tmp_path / "runs").glob("ect-digits-001"))
 
 
 def test_a_teacher_that_another_job_finishes_is_used(train, job, monkeypatch, tmp_path, capsys):
@@ -402,11 +420,21 @@ def test_a_signal_in_the_last_evaluation_of_a_teacher_is_obeyed(train, monkeypat
         real(*a, **how)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
-    monkeypatch.setattr(evaluate, "evaluate", then_signal)
-    with pytest.raises(SystemExit) as e:
+    def first_signal(self, *a, real=None, **how):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        return real(self, *a, **how)
+    for where, call in ((evaluate, then_signal), (Run, partial(first_signal, real=Run.evaluate))):
+        with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
+            m.setattr(where, "evaluate", call if where is evaluate else lambda self, *a, **how: call(self, *a, **how))
+            train("ect", *AUTO)
+        assert e.value.code == 143 and not any((tmp_path / "runs").glob("ect*"))
+        assert ckpt(tmp_path / "runs/teacher-digits-000")["it"] == 4
+        shutil.rmtree(tmp_path / "runs")
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as e:      # after the evaluation, before the handlers go
+        m.setattr(Run, "close", lambda self, real=Run.close: first_signal(self, real=real) if self.before else real(self))
         train("ect", *AUTO)
     assert e.value.code == 143 and not any((tmp_path / "runs").glob("ect*"))
-    assert ckpt(tmp_path / "runs/teacher-digits-000")["it"] == 4
 
 
 def test_ctrl_c_while_a_teacher_is_shown_or_images_are_drawn(train, monkeypatch, tmp_path, capsys):

@@ -103,23 +103,23 @@ def test_killed_in_a_save(arm, every, steps, train, tmp_path):
 def test_killed_at_any_time(script, runs, train, tmp_path):
     """What the lines of a save do not show: a kill in the evaluation, in a step, in a start with --resume, and one soon
     after another; a lock that outlives its owner."""
-    how = [*HOW, "--iters", "16"]
+    how, chance, inside = [*HOW, "--iters", "16"], random.Random(0), 0
     if script in DISTIL:
         how += ["--teacher", str(train("common.teacher", "--mult", "1", "--iters", "1")[1])]
     began = time.time()
     _, whole = train(script, *how)
-    took, chance, inside = time.time() - began, random.Random(0), 0
+    took = time.time() - began
 
     def kill(pid):
         end = time.time() + 60
-        while not (run / "ckpt.pt").exists() and time.time() < end:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.4) * took)
+        while len(evaluate.lines(run / "log.jsonl")) < step and time.time() < end:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 2) * took / 16)      # about two steps
         os.kill(pid, signal.SIGKILL)
     for i in range(runs):
         run, found = tmp_path / str(i) / whole.name, [0]
-        tmp = run / "ckpt.tmp"
-        for flags in ([*how, "--out", str(run.parent)], *2 * [["--resume", str(run)]]):
+        tmp, out, resume = run / "ckpt.tmp", ["--out", str(run.parent)], ["--resume", str(run)]
+        for step, flags in zip(sorted(chance.choices(range(3, 16), k=3)), (how + out, resume, resume)):
             if killed(lambda: train(script, *flags), kill):
                 inside += 1                               # and it goes on from a save that is whole, if not named yet
                 found.append(folder.load(tmp if folder.intact(tmp) else run)["it"])

@@ -198,7 +198,7 @@ def write_config(folder, args, asked, file, data, **about):
 # ---- checkpoints ---------------------------------------------------------------------------------
 def save(folder, ckpt, keep):
     """Write ckpt.pt so that a kill at any moment leaves a loadable run; the one before it becomes ckpt.prev.pt."""
-    tmp, new, old = (folder / f"ckpt.{ending}" for ending in ("tmp", "pt", "prev.pt"))
+    tmp = folder / "ckpt.tmp"
     try:
         with open(tmp, "wb") as f:
             torch.save(ckpt, f)
@@ -207,12 +207,17 @@ def save(folder, ckpt, keep):
     except BaseException:                                 # a full disk leaves the old checkpoint
         tmp.unlink(missing_ok=True)
         raise
+    settle(folder, keep)
+
+
+def settle(folder, keep):
+    """The second half of a save, done again by `restore` after a kill: ckpt.tmp, which is whole, gets its names."""
+    tmp, new, old, part = (folder / f"ckpt.{ending}" for ending in ("tmp", "pt", "prev.pt", "part"))
+    if keep:                                              # first: later nothing would show that it was left out
+        os.replace(shutil.copy(tmp, part), folder / f"ckpt-{torch.load(tmp, mmap=True)['it']:07d}.pt")
     if intact(new):                                       # else the one before it is worth more
         os.replace(new, old)
     os.replace(tmp, new)
-    if keep:
-        shutil.copy(new, tmp)
-        os.replace(tmp, folder / f"ckpt-{ckpt['it']:07d}.pt")
 
 
 def intact(file):
@@ -234,7 +239,6 @@ def intact(file):
 def load(path):
     """The newest readable checkpoint of a run folder, or a checkpoint file, on the CPU; BadInput if there is none."""
     path, why = Path(path), "there is none"
-    # ckpt.tmp is the newest where a kill came between the two renames; otherwise it is not intact
     files = [path / f"ckpt.{ending}" for ending in ("pt", "tmp", "prev.pt")] if os.path.isdir(path) else [path]
     files = [f for f in files if os.path.isfile(f)]
     for f in files:
@@ -254,12 +258,12 @@ def load(path):
                    "a teacher may also be one of EDM's .pkl files, or the address of one")
 
 
-def restore(folder, state, data, shard):
-    """Load the newest checkpoint of a run folder into `state`; return its step. BadInput where it, or `data`, is not
-    what the run began with."""
+def restore(folder, state, data, shard, keep):
+    """Load a run's newest checkpoint into `state`; return its step. BadInput where it or `data` does not fit."""
     if config_of(folder)["about"]["data_sha256"] != data.sha256:
         raise BadInput(f"--resume {folder}: {data.name} does not hold the images that this run began with; say with "
                        "--dataset where they are")
+    agree(lambda: intact(folder / "ckpt.tmp") and settle(folder, keep))
     ckpt = load(folder)
     try:
         if not 0 <= ckpt["it"] <= LARGEST:

@@ -114,7 +114,7 @@ class Run:
         self.dir = Path(a.resume or folder.agree(lambda: folder.create(a.out, stem)))
         if owner := folder.agree(lambda: folder.take(self.dir)):
             raise BadInput(f"--resume {self.dir}: {owner} is training it; wait, or stop that")
-        it = folder.restore(self.dir, state, data, a.shard) if a.resume else 0
+        it = folder.restore(self.dir, state, data, a.shard, a.keep) if a.resume else 0
         if self.rank == 0:
             evaluate.cut_logs(self.dir, it)
             folder.write_config(self.dir, a, self.asked, self.file, data, ranks=self.world, device=self.device_name,

@@ -240,8 +240,7 @@ def load(path):
     """The newest readable checkpoint of a run folder, or a checkpoint file, on the CPU; BadInput if there is none."""
     path, why = Path(path), "there is none"
     files = [path / f"ckpt.{ending}" for ending in ("pt", "tmp", "prev.pt")] if os.path.isdir(path) else [path]
-    files = [f for f in files if os.path.isfile(f)]
-    for f in files:
+    for f in (files := [f for f in files if os.path.isfile(f)]):
         try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True) if intact(f) else None
             why = "damaged, or not of torch.save" if ckpt is None else "the file is not one of these scripts'"
@@ -263,16 +262,15 @@ def restore(folder, state, data, shard, keep):
     if config_of(folder)["about"]["data_sha256"] != data.sha256:
         raise BadInput(f"--resume {folder}: {data.name} does not hold the images that this run began with; say with "
                        "--dataset where they are")
-    agree(lambda: intact(folder / "ckpt.tmp") and settle(folder, keep))
-    ckpt = load(folder)
     try:
+        agree(lambda: intact(folder / "ckpt.tmp") and settle(folder, keep))
+        ckpt = load(folder)
         if not 0 <= ckpt["it"] <= LARGEST:
             raise ValueError(f"its step is {ckpt['it']}")
         for k, v in state.items():
             v.load_state_dict(shard_like(ckpt[k], v) if shard else ckpt[k])
-            for p, s in getattr(v, "state", {}).items():                  # torch does not look at an optimiser's shapes
-                if any(x.shape not in (p.shape, ()) for x in s.values()):
-                    raise ValueError(f"a part of {k} has another shape")
+            if any(x.shape not in (p.shape, ()) for p, s in getattr(v, "state", {}).items() for x in s.values()):
+                raise ValueError(f"a part of {k} has another shape")      # which torch does not look at
     except Exception as e:                                # KeyError, TypeError, whatever torch raises
         raise BadInput(f"{folder}: its checkpoint does not fit this run ({brief(e)}); start a new run")
     return ckpt["it"]
@@ -291,9 +289,8 @@ def check_state(it, ckpt, world):
     numbers = [v for v in tree_leaves(ckpt) if torch.is_tensor(v) and v.is_floating_point()]
     good = all(v.norm().isfinite() for v in numbers)      # also false where weights of 1e38 are left to be multiplied
     own = good, [sha256(ckpt[k]) for k in ("net", "ema")] if world > 1 else 0
-    seen = [own]
+    seen = [own] * world
     if world > 1:
-        seen = [None] * world
         dist.all_gather_object(seen, own)
     if not all(good for good, _ in seen):
         raise FloatingPointError(f"step {it}: the weights or the optimiser are not finite; nothing was saved")
@@ -304,10 +301,8 @@ def check_state(it, ckpt, world):
 def full(tree):
     """Gather every sharded tensor of a state dict on the CPU: one format, sharded run or not. All ranks take part."""
     def whole(v):
-        if not torch.is_tensor(v):
-            return v
-        return (v.full_tensor() if hasattr(v, "full_tensor") else v).cpu()
-    return tree_map(whole, tree)
+        return v.full_tensor() if hasattr(v, "full_tensor") else v
+    return tree_map(lambda v: whole(v).cpu() if torch.is_tensor(v) else v, tree)
 
 
 def shard_like(saved, owner):

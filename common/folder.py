@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from common.flags import DATASETS, LARGEST, ROOT, BadInput, brief, config_of, say, script
+from common.flags import DATASETS, LARGEST, ROOT, BadInput, brief, config_of, printable, say, script
 
 HELD = {}                         # {folder: (open file, was the folder made here)}: what this process owns
 END = contextlib.ExitStack()      # what is to be done when main() ends, however it does
@@ -119,10 +119,10 @@ def prune(path):
 
 
 def agree(call):
-    """What call() returns on the first rank, on all ranks. No rank is to wait long for it: see teacher.wait_for."""
-    box = [call() if not dist.is_initialized() or dist.get_rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
+    """What call() returns on the first rank, on all ranks. None is to wait long for it: see teacher.wait_for."""
+    if not dist.is_initialized():
+        return call()
+    dist.broadcast_object_list(box := [None if dist.get_rank() else call()])
     return box[0]
 
 
@@ -135,19 +135,20 @@ def guarded(main):
             return main(args)
         except KeyboardInterrupt:
             raise SystemExit(130)
-        except FloatingPointError as e:                   # each rank says what it saw
-            tqdm.write(f"error: {e}", file=sys.stderr)
-            raise SystemExit(1)
+        except FloatingPointError as e:
+            line, status = e, 1
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
                 raise
-            raise BadInput(f"{e.strerror}: {e.filename or 'the disk'}; what was saved before is whole")
+            line, status = f"{e.strerror}: {e.filename or 'the disk'}; what was saved before is whole", 2
         except (MemoryError, RuntimeError) as e:          # the latter, of cuBLAS or on the CPU, has no kind of its own
-            if not isinstance(e, MemoryError) and not {"allocate", "ALLOC_FAILED"} & set(re.findall(r"\w+", str(e))):
+            if not isinstance(e, MemoryError) and not re.search("allocate|ALLOC_FAILED", str(e)):
                 raise
-            raise BadInput(f"{brief(e)[:100]}; {relief(args)}")
+            line, status = f"{brief(e)[:100]}; {relief(args)}", 2
         finally:
             END.close()
+        tqdm.write(f"error: {printable(line)}", file=sys.stderr)          # on each rank, of what it saw
+        raise SystemExit(status)
     return inner
 
 

@@ -290,7 +290,7 @@ def find(name, score, path, net, t_max, draw, noise, t_mid):
 
 
 def check_out(out):
-    """Refuse, before the work, an --out that could not be written, or whose ending promises something else. BadInput."""
+    """BadInput, before the work, for an --out that could not be written or whose ending promises something else."""
     kind, place = out.suffix.lower(), next(p for p in out.absolute().parents if os.path.exists(p))
     if kind not in (".png", ".npz") and kind in {*Image.registered_extensions(), ".zip", ".npy"}:
         raise BadInput(f"--out {out}: no {kind} is written here; name a .png, a .npz or a new folder")

@@ -3,6 +3,7 @@
 `draw(noise, y)` is the sampler of a method or of the teacher, with the EMA weights: noise [K,b,C,H,W] -> images
 [b,C,H,W] in [-1, 1]. `run` is a run.Run; its methods evaluate and finish call `evaluate` and `table`."""
 import contextlib
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import fid, folder
-from common.flags import say
+from common.flags import BadInput, config_of, known, say
 
 FD_IMAGES = 2048                  # images, real and generated, of fd_pixels; fewer if the data set has fewer
 
@@ -115,6 +116,17 @@ def described(path):
     last = {s["metric"]: s["value"] for s in figures(path) if s["net"] == "teacher"}
     figure = f", FD (pixels) {last['fd_pixels']:.3f}" if "fd_pixels" in last else ""
     return f", {folder.load(path)['it']:,} steps{figure}"
+
+
+def standing(path, cls):
+    """The flags of a run folder as a `cls`, `about` of its config.json, its steps; (None, None, why): it is damaged."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            config = config_of(path)
+            done = folder.load(path).get("it", 0) if any(path.glob("ckpt*")) else 0
+            return cls(**known(cls, config, path)), config["about"], done
+        except BadInput as e:
+            return None, None, e.message
 
 
 def adopt(run, teacher):

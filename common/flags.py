@@ -126,6 +126,11 @@ def from_presets(cls, presets, given, quiet=False):
     return args
 
 
+def typed(args, field):
+    """Was this flag given, and not left to a preset?"""
+    return field in getattr(args, "given", ())
+
+
 def merge(cls, presets, given):
     """({field: value}, name of the preset): defaults < preset < data < mode < flags. Raises BadInput."""
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}

@@ -167,8 +167,7 @@ def check_room(path, state):
     numbers += [2 * p.numel() for o in state.values() for g in getattr(o, "param_groups", ()) for p in g["params"]]
     path = Path(path).resolve()
     need = 3 * 4 * sum(numbers) - sum(f.stat().st_size for f in path.glob("ckpt*.pt"))
-    there = next(p for p in (path, *path.parents) if os.path.exists(p))
-    room = shutil.disk_usage(there).free
+    room = shutil.disk_usage(next(p for p in (path, *path.parents) if os.path.exists(p))).free
     if room < need:
         raise BadInput(f"{path}: {room / 1e9:.1f} GB are free there, and three checkpoints of this run take "
                        f"{need / 1e9:.1f}; name another --out")

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 
 import torch
 
-from common import assets
-from common.flags import BadInput
+from common import assets, folder
+from common.flags import BadInput, brief
+from common.networks import build
 
 ADDRESS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{}-{}.pkl"
 STORAGES = {"torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
@@ -38,6 +39,16 @@ def download(url, data_dir):
     sources = [(f"{url} (CC BY-NC-SA 4.0: not for commercial use)", lambda file: assets.download(url, file, 2**32))]
     assets.fetch(path, sources, read, ", or train a teacher first: --teacher train")
     return str(path)
+
+
+def address(args, paper):
+    """That of EDM's own checkpoint for the data and network of `args`; `paper`: its defaults. Raises BadInput."""
+    family = dict(ddpmpp="vp", ncsnpp="ve").get(args.net)
+    same = all(getattr(args, k, "edm") == getattr(paper, k) for k in ("flow", "ch", "mult", "blocks", "attn", "sd"))
+    if args.dataset != "cifar10" or not family or not same:
+        raise BadInput(f"no released teacher for {args.dataset} with this network and flow; "
+                       "train one first: --teacher train")
+    return ADDRESS.format("cond" if args.cond else "uncond", family)
 
 
 class Inert(dict):
@@ -154,3 +165,25 @@ def shape_of(weights):
                 mult=tuple(weights[name(r, 0, "conv0")].shape[0] // ch for r in sizes),
                 attn=tuple(r for r in sizes if name(r, 0, "qkv") in weights),
                 classes=weights["model.map_label.weight"].shape[1] if "model.map_label.weight" in weights else 0)
+
+
+def load(path, device="cpu"):
+    """The averaged network of a run folder or checkpoint of ours, of any method, or of a released EDM .pkl, frozen:
+    net(x, t, y) -> float32 [B,C,H,W], D(x; t) of a diffusion model, f(x, t) of a consistency model; x [B,C,H,W],
+    t [B,1,1,1] the noise's standard deviation, of a TrigFlow network the time in radians, y int64 [B] or None.
+    Raises BadInput."""
+    try:
+        if str(path).endswith(".pkl"):
+            spec, weights = read(path)
+        else:
+            ckpt = folder.load(path)
+            spec, weights = ckpt["model"], ckpt["ema"]
+        parts = spec["kwargs"]["blocks"] * max(1, len(spec["kwargs"]["mult"]))
+        if parts > len(weights):                          # each block has at least one weight
+            raise ValueError(f"it claims {parts} blocks")
+        with torch.device("meta"):                        # no memory for shapes that the file only claims
+            net = build(spec)
+        net.load_state_dict(weights, assign=True)         # strict: names what is missing or misshapen
+    except Exception as e:                                # a damaged pickle raises anything
+        raise BadInput(f"{path} cannot be read: {brief(e)}")
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

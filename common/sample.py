@@ -29,7 +29,7 @@ FOR = dict(images=EDITS, mask=("inpaint",), patch=("superres",), sigma=("stroke"
 
 
 def numbers(text):
-    return tuple(float(s) for s in text.replace(",", " ").split())
+    return tuple(map(float, text.replace(",", " ").split()))
 
 
 def flags(argv=None):
@@ -127,8 +127,7 @@ def as_frequent(folder, n):
         return None
     if type(counts) is not list or not all(type(c) is int and 0 <= c < 2**31 for c in counts) or not any(counts):
         raise BadInput(f"{folder}: images_per_class in its config.json is damaged; restore it")
-    counts = torch.tensor(counts)
-    behind = torch.zeros_like(counts)
+    counts, behind = torch.tensor(counts), torch.zeros(len(counts), dtype=torch.int64)
     for _ in range(n):
         behind += counts
         labels.append(int(behind.argmax()))
@@ -292,16 +291,15 @@ def find(name, score, path, net, t_max, draw, noise, t_mid):
 def check_out(out):
     """BadInput, before the work, for an --out that could not be written or whose ending promises something else."""
     kind, place = out.suffix.lower(), next(p for p in out.absolute().parents if os.path.exists(p))
-    if kind not in (".png", ".npz") and kind in {*Image.registered_extensions(), ".zip", ".npy"}:
-        raise BadInput(f"--out {out}: no {kind} is written here; name a .png, a .npz or a new folder")
-    if os.path.exists(out) and (os.path.isdir(out) or kind not in (".png", ".npz")):
-        raise BadInput(f"--out {out} exists already; name a .png, a .npz or a new folder")
+    other = os.path.exists(out) or kind == ".zip" or kind in Image.registered_extensions()
+    if os.path.isdir(out) or kind not in (".png", ".npz") and other:
+        raise BadInput(f"--out {out} exists, or is no kind that is written here; name a .png, a .npz or a new folder")
     if not os.path.isdir(place) or not os.access(place, os.W_OK) or len(os.fsencode(out.name)) > 200:
         raise BadInput(f"--out {out.name[:100]} cannot be written in {out.parent}; name another")
 
 
 def write(images, labels, out, sheet, cols):
-    """Write all of it, or nothing: into a folder beside `out` first."""
+    """Write all of it, or nothing."""
     rows = images.permute(0, 2, 3, 1).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as tmp:

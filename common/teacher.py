@@ -13,8 +13,6 @@ Deviations from the paper
     A loss or gradient that is not finite stops the run; the authors' code replaces it by numbers.
     GPUs multiply in TF32. The presets fast, small and digits are ours; they do not augment.
 """
-import contextlib
-import io
 import time
 from collections import namedtuple
 from copy import deepcopy
@@ -24,12 +22,13 @@ from typing import Literal
 
 import torch
 
-from common import assets, evaluate, folder, released
+from common import evaluate, folder, released
 from common.augment import augment
 from common.data import load as load_data
-from common.flags import BadInput, config_of, from_presets, known, parse, say
-from common.networks import backbone, build
+from common.flags import BadInput, config_of, from_presets, parse, say, typed
+from common.networks import backbone
 from common.precond import EDM, TrigFlow
+from common.released import load
 from common.run import Run
 
 
@@ -188,28 +187,6 @@ def main(args):
 
 
 # ==== 5. Which teacher a run gets =================================================================
-def load(path, device="cpu"):
-    """The averaged network of a run folder or checkpoint of ours, of any method, or of a released EDM .pkl, frozen:
-    net(x, t, y) -> float32 [B,C,H,W], D(x; t) of a diffusion model, f(x, t) of a consistency model; x [B,C,H,W],
-    t [B,1,1,1] the noise's standard deviation, of a TrigFlow network the time in radians, y int64 [B] or None.
-    Raises BadInput."""
-    try:
-        if str(path).endswith(".pkl"):
-            spec, weights = released.read(path)
-        else:
-            ckpt = folder.load(path)
-            spec, weights = ckpt["model"], ckpt["ema"]
-        parts = spec["kwargs"]["blocks"] * max(1, len(spec["kwargs"]["mult"]))
-        if parts > len(weights):                          # each block has at least one weight
-            raise ValueError(f"it claims {parts} blocks")
-        with torch.device("meta"):                        # no memory for shapes that the file only claims
-            net = build(spec)
-        net.load_state_dict(weights, assign=True)         # strict: names what is missing or misshapen
-    except Exception as e:                                # a damaged pickle raises anything
-        raise BadInput(f"{path} cannot be read: {assets.brief(e)}")
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
 SAME = ("dataset", "data_dir", "out", "device", "seed", "cond", "size", "flow", "net", "ch", "mult", "blocks", "attn",
         "accum", "bf16", "tf32", "compile", "shard", "grid", "fid", "sd")   # flags that a method hands to its teacher
 MATCH = ("cond", "flow", "net", "ch", "mult", "blocks", "attn", "sd")  # what a teacher found under --out must share
@@ -223,7 +200,7 @@ def get(args, data, run, needed=False):
     `--teacher none`, and for a resumed run that does not need it. Raises BadInput."""
     if args.teacher == "none" and needed:
         raise BadInput("--teacher none: there is nothing to distil; name a teacher, or leave the flag out")
-    if args.resume and not needed and "teacher" in args.given:
+    if args.resume and not needed and typed(run.asked, "teacher"):
         raise BadInput("--teacher defines where a run of this method starts, and is not used again; leave it out")
     if args.teacher == "none" or args.resume and not needed:
         return None, None, {}
@@ -231,9 +208,8 @@ def get(args, data, run, needed=False):
         return load(args.resume, run.device), None, {}    # any network of this shape: no step is left that would use it
     path = locate(args, data, run)
     net = load(path, run.device)
-    run.about["teacher_sha256"] = folder.sha256(net.state_dict())
-    if args.resume and run.about["teacher_sha256"] != config_of(args.resume)["about"].get(
-            "teacher_sha256", run.about["teacher_sha256"]):               # older runs did not record it
+    sha256 = run.about["teacher_sha256"] = folder.sha256(net.state_dict())
+    if args.resume and sha256 != config_of(args.resume)["about"].get("teacher_sha256", sha256):   # new in config.json
         raise BadInput(f"the teacher {path} is not the one that this run began with, or was trained further; "
                        "say with --teacher where that is")
     its, mine = net.model.kwargs, (args.sd, *data.images.shape[1:3], data.classes if args.cond else 0)
@@ -259,7 +235,7 @@ def locate(args, data, run):
     path = args.teacher
     if path == "auto":
         wait_for(args.out)                                # of jobs that start together, one looks and begins to train
-        path = adopt(args, data, run) or (released_address(args) if args.preset in ("fast", "paper") else "train")
+        path = adopt(args, data, run) or (released.address(args, Args) if args.preset in ("fast", "paper") else "train")
     if path == "train":
         say("training the teacher first")
         path = main(wish(args, run, quiet=False))["run"]
@@ -276,17 +252,12 @@ def wait_for(path):
         time.sleep(SECONDS)
 
 
-def typed(run):
-    """Was --batch given? Then the memory may be short, and the teacher takes it, too."""
-    return "batch" in getattr(run.asked, "given", ())
-
-
 def wish(args, run, quiet=True):
     """The Args of the teacher that this command would train; not quiet: print the cost of its preset."""
     given = {k: getattr(args, k) for k in SAME if hasattr(args, k)}
     given |= dict(preset=args.preset) if args.preset in PRESETS else {}
     given |= dict(iters=args.teacher_iters) if args.teacher_iters else {}
-    given |= dict(batch=args.batch) if typed(run) else {}
+    given |= dict(batch=args.batch) if typed(run.asked, "batch") else {}
     its, parts = from_presets(Args, PRESETS, given, quiet), run.world * args.accum
     return replace(its, batch=its.batch + -its.batch % parts)             # a preset knows of no ranks
 
@@ -296,12 +267,12 @@ def adopt(args, data, run):
     The training of one that was stopped is continued; one that was finished with fewer steps is left as it is."""
     want = wish(args, run)
     for path in folder.agree(lambda: folder.numbered(args.out, folder.stem_of("teacher", data.name))[::-1]):
-        old, about, done = folder.agree(lambda: standing(path))           # which another job may change meanwhile
+        old, about, done = folder.agree(lambda: evaluate.standing(path, Args))   # which may change meanwhile
         if not old:
             say(f"{path} is passed over: {done}")
             continue
         same = all(getattr(old, k) == getattr(args, k, "edm") for k in MATCH)     # who has no `flow` means EDM's
-        if about["data_sha256"] != data.sha256 or not same or typed(run) and old.batch != want.batch:
+        if about["data_sha256"] != data.sha256 or not same or typed(run.asked, "batch") and old.batch != want.batch:
             continue
         if old.iters <= done < want.iters:
             say(f"the teacher {path} was finished after {done:,} steps, fewer than {want.iters:,}; it is not used")
@@ -323,18 +294,6 @@ def adopt(args, data, run):
         return str(path)
 
 
-def standing(path):
-    """The Args of a teacher's folder, `about` of its config.json, its steps; (None, None, why) if that is damaged."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            config = config_of(path)
-            old = Args(**known(Args, config, path))
-            done = folder.load(path).get("it", 0) if any(path.glob("ckpt*")) else 0
-            return old, config["about"], done
-        except BadInput as e:
-            return None, None, e.message
-
-
 def is_diffusion(net, path):
     """Is this network a denoiser D, not the f of a consistency model? Their weights look the same."""
     place = path if path.is_dir() else path.parent
@@ -348,22 +307,11 @@ def show(teacher, found, run, data):
         return
     if found.folder and evaluate.adopt(run, found.folder):
         return
-    its = standing(found.folder)[0] if found.folder else None
-    its = its or Args()
+    its = found.folder and evaluate.standing(found.folder, Args)[0] or Args()
 
     def draw(noise, y):
         return sample(teacher, noise, y, its)
     run.evaluate(0, data, draw, [its.steps], net="teacher")
-
-
-def released_address(args):
-    """The address of EDM's own checkpoint for the data and network of `args`. Raises BadInput if there is none."""
-    family = dict(ddpmpp="vp", ncsnpp="ve").get(args.net)
-    same = all(getattr(args, k, "edm") == getattr(Args, k) for k in ("flow", "ch", "mult", "blocks", "attn", "sd"))
-    if args.dataset != "cifar10" or not family or not same:
-        raise BadInput(f"no released teacher for {args.dataset} with this network and flow; "
-                       "train one first: --teacher train")
-    return released.ADDRESS.format("cond" if args.cond else "uncond", family)
 
 
 if __name__ == "__main__":

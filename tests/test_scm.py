@@ -455,7 +455,8 @@ def test_a_trigflow_teacher_is_refused_by_a_method_in_edms_variables(train, edm,
 def test_the_released_teacher_is_an_edm_model(capsys):
     """fast starts from it; paper wants a TrigFlow teacher, of which none is released: one line says how to get one."""
     from common.flags import parse
-    ask = lambda *flags: teachers.released_address(parse(scm.Args, scm.PRESETS, ["--dataset", "cifar10", "--preset", *flags]))
+    ask = lambda *flags: teachers.released.address(
+        parse(scm.Args, scm.PRESETS, ["--dataset", "cifar10", "--preset", *flags]), teachers.Args)
     assert ask("fast") == ask("paper", "--flow", "edm") and ask("fast").endswith("uncond-vp.pkl")
     capsys.readouterr()
     with pytest.raises(SystemExit):

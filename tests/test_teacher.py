@@ -13,13 +13,13 @@ def test_without_a_released_file_fast_and_paper_say_what_to_do(monkeypatch, tmp_
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a: (_ for _ in ()).throw(OSError("no network")))
     args = ect.Args(dataset="cifar10", preset="paper", data_dir=str(tmp_path / "data"), out=str(tmp_path / "runs"))
     with pytest.raises(SystemExit) as e:
-        released.download(teacher.released_address(args), args.data_dir)
+        released.download(released.address(args, teacher.Args), args.data_dir)
     err = capsys.readouterr().err
     assert e.value.code == 2 and "edm-cifar10-32x32-uncond-vp.pkl" in err and "--teacher train" in err
     assert "CC BY-NC-SA" in err and not list(tmp_path.iterdir())
     args.ch = 64
     with pytest.raises(SystemExit):
-        teacher.released_address(args)
+        released.address(args, teacher.Args)
 
 
 @pytest.mark.parametrize("net, cond, name", [("ddpmpp", False, "uncond-vp"), ("ncsnpp", False, "uncond-ve"),
@@ -27,10 +27,10 @@ def test_without_a_released_file_fast_and_paper_say_what_to_do(monkeypatch, tmp_
 def test_the_released_file_is_that_of_the_family(capsys, net, cond, name):
     args = teacher.Args(dataset="cifar10", net=net, cond=cond)
     if name:
-        assert teacher.released_address(args).endswith(f"/edm-cifar10-32x32-{name}.pkl")
+        assert released.address(args, teacher.Args).endswith(f"/edm-cifar10-32x32-{name}.pkl")
     else:                                                 # the one for ImageNet is none for CIFAR-10
         with pytest.raises(SystemExit):
-            teacher.released_address(args)
+            released.address(args, teacher.Args)
         assert "--teacher train" in capsys.readouterr().err
 
 

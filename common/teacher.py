@@ -78,7 +78,7 @@ def sample(net, noise, y, args):
 # ==== 3. Arguments ================================================================================
 @dataclass
 class Args:
-    added = dict(augment=0.0)         # neither field nor flag: values of older runs, which did not have these
+    added = dict(augment=0.0, flow="edm")  # neither field nor flag: values of older runs, which did not have these
     # --- the run
     dataset: str = "digits"          # digits, mnist, fashion_mnist, cifar10, a folder, .zip or .npz
     data_dir: str = "data"            # where downloads are kept

@@ -124,7 +124,7 @@ def brief(error):
 
 
 def printable(text):
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 # ---- the kinds of source -------------------------------------------------------------------------

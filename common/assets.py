@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.flags import BadInput, brief, printable, say  # noqa: F401
+from common.flags import BadInput, brief, say
 
 SHA256 = {                          # of the bytes of images uint8 [N, H, W, C] and labels int64 [N]
     "cifar10-train": ("47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
@@ -40,6 +40,7 @@ SHA256 = {                          # of the bytes of images uint8 [N, H, W, C] 
 }
 INCEPTION = "eb0874a8469bcfa841c312481d913c32879e7febddb973d4c65e068f69aee8a8"  # of the names and bytes of its tensors
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+LIMIT = 2**28                       # bytes of a part of a .zip, however small that is: it may claim any size
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -211,9 +212,16 @@ def arrays(sums, file):
 def npz(file):
     """{name: array} of a cached .npz. Raises ValueError if a small file claims to hold a lot."""
     with np.load(file, allow_pickle=False) as z:
-        if sum(i.file_size for i in z.zip.infolist()) > 100 * os.path.getsize(file) + 2**28:
-            raise ValueError("it claims to hold more than a hundred times its length")
+        check_claims(file, z.zip.infolist())
         return dict(z)
+
+
+def check_claims(path, infos):
+    """ValueError for a small .zip or .npz whose parts, `infos`, would fill the memory; real images pack 10 : 1."""
+    claim, limit = sum(i.file_size for i in infos), 100 * os.path.getsize(path) + LIMIT
+    if claim > limit or any(i.compress_type not in (0, 8) for i in infos):
+        raise ValueError(f"it claims {claim >> 20:,} MiB, where its length allows for {limit >> 20:,}, or is packed by "
+                         "other means than deflate; pack it anew")
 
 
 def perceptual(device):

@@ -1,25 +1,32 @@
 """A data set is one uint8 tensor on the device: no workers, no queue; a batch is an index."""
 import hashlib
+import io
 import json
 import math
+import os
+import re
+import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from glob import glob
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from common import assets
-from common.flags import DATASETS, BadInput, meant, say
+from common.flags import DATASETS, BadInput, brief, meant, printable, say
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")     # whatever the ending: EPS would run a program
 INDEX = "dataset.json"      # the labels of a data set in EDM's format, at its top
-LIMIT = 2**28               # bytes of a file in a .zip: a small archive may claim any size
+warnings.filterwarnings("ignore", module="PIL")             # what cannot be read is named here
+say_once = lru_cache(maxsize=None)(say)                     # a run and its teacher load the same
 
 
 def mix(*ints):
@@ -30,7 +37,7 @@ def mix(*ints):
 
 @dataclass
 class Data:
-    name: str                 # digits, cifar10, ..., or that of the folder or file
+    name: str                 # digits, cifar10, ..., or that of the folder or file, if short
     images: torch.Tensor      # uint8 [N, C, H, W] on the device, channels_last
     labels: torch.Tensor      # int64 [N] on the device, zeros if there are none
     classes: int              # number of classes, 0 without labels
@@ -72,53 +79,56 @@ def load(name, data_dir="data", size=0, device="cpu"):
     a folder or .zip of images, also in EDM's format | an image | a .npz. Downloads stay in
     `data_dir`. `size`, pixels a side, is for images, folders and .zip files; 0 stands for 32, or
     in EDM's format for the size of its images; None for the one size of all. Raises BadInput."""
-    path, base, names = Path(name).expanduser(), name.removesuffix("-test"), None
+    path, base, names = Path(os.path.expanduser(name)), name.removesuffix("-test"), None
     if name == "digits":
         path = Path(__file__).with_name("digits.npz")
     if base in DATASETS and base != "digits":
-        check_size(name, size, 32)                                    # before the download
+        if size not in (None, 0, 32):                                     # before the download
+            raise BadInput(f"{name} has images of 32 pixels a side; leave --size out")
         images, labels = assets.dataset(base, data_dir, "train" if name == base else "test")
         edge = (32 - images.shape[1]) // 2                            # black, for MNIST's 28 pixels
         images = np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
-    elif path.is_dir() or path.is_file() and path.suffix.lower() in (".zip", *ENDINGS):
+    elif os.path.isdir(path) or os.path.isfile(path) and path.suffix.lower() in (".zip", *ENDINGS):
         images, labels, names = from_files(path, size)
         name = path.resolve().name if path.is_dir() else path.stem
-    elif path.is_file() and path.suffix == ".npz":
+    elif os.path.isfile(path) and path.suffix.lower() == ".npz":
         images, labels = from_npz(path)
-        check_size(name, size, images.shape[1])
+        if size not in (None, 0, images.shape[1]):
+            raise BadInput(f"{printable(name)} has images of {images.shape[1]} pixels a side; "
+                           "leave --size out")
         name = path.stem
     else:
-        what = f"is no{'' if path.exists() else ' such'} folder of images, .zip, .npz or picture"
-        raise BadInput(f"{name} {what}, nor one of {', '.join(DATASETS)}{meant(name, DATASETS)}")
+        such = "" if os.path.exists(path) else "such "
+        raise BadInput(f"{printable(name[-200:])} is no {such}folder of images, .zip, .npz or "
+                       f"picture, nor one of {', '.join(DATASETS)}{meant(name, DATASETS)}")
     classes = 0 if labels is None else int(labels.max()) + 1
-    labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels)
+    labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels.astype(int))
     images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # as a view: channels_last
     names = names or [str(i) for i in range(classes)]
-    return Data(name, images, labels.to(device, torch.int64), classes, names)
-
-
-def check_size(name, size, native):
-    if size not in (None, 0, native):
-        raise BadInput(f"{name} has images of {native} pixels a side, not {size}; leave --size out")
+    return Data(printable(name)[:50], images, labels.to(device, torch.int64), classes, names)
 
 
 def from_npz(file):
     """uint8 [N, H, W, C], labels [N] or None. Raises BadInput."""
+    def array(z, name):                                               # in parts, whatever it claims
+        part = SimpleNamespace(read=lambda n, read=z.open(name).read: read(min(n, 2**24)))
+        return np.lib.format.read_array(part, allow_pickle=False)
     try:
-        with np.load(file, allow_pickle=False) as z:
-            images, labels = z["images"], z["labels"] if "labels" in z else None
-        if images.ndim == 3:
-            images = images[..., None]
-        n, h, w, c = images.shape
-        if images.dtype != np.uint8 or n == 0 or h != w or c not in (1, 3):
+        with zipfile.ZipFile(file) as z:
+            assets.check_claims(file, z.infolist())
+            images = array(z, "images.npy")
+            labels = array(z, "labels.npy") if "labels.npy" in z.namelist() else None
+        n, h, w, c = images.shape if images.ndim == 4 else (*images.shape, 1)
+        if images.dtype != np.uint8 or 0 in (n, h) or h != w or c not in (1, 3):
             raise ValueError(f"images are {images.dtype} {images.shape}")
         if labels is not None and (labels.shape != (n,) or labels.dtype.kind not in "iu"
-                                   or labels.min() < 0):
-            raise ValueError(f"labels are {labels.dtype} {labels.shape} for {n} images")
+                                   or not 0 <= labels.min() <= labels.max() < max(n, 1000)):
+            raise ValueError(f"labels, {labels.dtype} {labels.shape}, reach {labels.max()}")
     except Exception as error:                                        # zip, zlib, numpy, ours
-        raise BadInput(f"{file}: {assets.brief(error)}; expected square images, uint8 [N,H,W] "
-                       "or [N,H,W,C], C 1 or 3, and labels, if any, integers [N] from 0")
-    return images, labels
+        raise BadInput(f"{printable(file)}: {brief(error)}; expected square images, uint8 "
+                       "[N,H,W] or [N,H,W,C], C 1 or 3, and labels, if any, integers [N]: number "
+                       "the classes 0, 1, 2, ..")
+    return images.reshape(n, h, w, c), labels
 
 
 # ---- folders, .zip files, pictures ---------------------------------------------------------------
@@ -129,123 +139,139 @@ def from_files(path, size):
     files, edm = [f for f in found if f.lower().endswith(ENDINGS)], INDEX in found
     skipped = [f for f in found if not f.lower().endswith(ENDINGS) and f != INDEX]
     if not files:
-        raise BadInput(f"{path}: no images there ({' '.join(ENDINGS)}), but {endings(skipped)}")
+        raise BadInput(f"{printable(path)}: no images {ENDINGS}, but {endings(skipped)}")
     labels, names = edm_labels(path, files, opened) if edm else class_folders(path, files)
-    stored, size = size is None, size or (edm or size is None) and side(opened, files[0]) or 32
+    lost = {f.split("/")[0] for f in skipped if "/" in f} - set(names) if names and not edm else ()
+    stored = size is None                                             # for a measurement
+    with suppress(Exception), opened(files[0]) as file, Image.open(file, formats=FORMATS) as im:
+        size = size or (edm or stored) and im.width == im.height and im.width     # or `pictures` ..
+    if not 0 < (size := size or 32) <= 1024:                          # .. names broken ones
+        raise BadInput(f"{printable(path)}: {size} pixels a side; give a --size of 1 .. 1024")
     images, sizes = pictures(path, files, opened, size)
     if stored and set(sizes) != {(size, size)}:
-        raise BadInput(f"{path}: the images are not square and of one size; --size N makes them so")
-    report(path, skipped, names, sizes, size)
+        raise BadInput(f"{printable(path)}: its images are not square and of one size; --size N "
+                       "makes them so")
+    report(path, skipped, names, sorted(lost), sizes, size)
     return images, labels, names
+
+
+def walk(top):
+    """The files below a folder, also through links, without hidden ones: their names, sorted."""
+    top, found, todo = top.absolute(), [], [""]
+    for folder in todo:                                               # which grows
+        path = top / folder
+        if folder and path.is_symlink() and path.resolve() in [p.resolve() for p in path.parents]:
+            raise BadInput(f"{printable(path)} is a link to a folder that holds it; remove it")
+        for name in os.listdir(path):
+            if not name.startswith("."):
+                name = Path(folder, name).as_posix()
+                (todo if os.path.isdir(top / name) else found).append(name)
+    return sorted(found)
 
 
 def contents(path):
     """The files of a folder, a .zip or, if it is a picture, that one: their names, sorted, without
     hidden ones, and a function that opens a name for reading. Raises BadInput."""
-    if path.suffix.lower() != ".zip" or path.is_dir():
-        top = path if path.is_dir() else path.parent
-        found = glob("**/*", root_dir=path, recursive=True) if path.is_dir() else [path.name]
-        found = [Path(f).as_posix() for f in found if not (top / f).is_dir()]   # rglob skips links
+    def opened(f):
+        file = path / f if path.is_dir() else path
+        if not file.is_file():                                        # a pipe may wait for ever
+            raise ValueError("no regular file")
+        return open(file, "rb")
 
-        def opened(f):
-            return open(top / f, "rb")
-        return sorted(found), opened
     try:
+        if path.is_dir() or path.suffix.lower() != ".zip":
+            return walk(path) if path.is_dir() else [path.name], opened
         pack = zipfile.ZipFile(path)
+        assets.check_claims(path, pack.infolist())
     except Exception as error:                                        # zipfile's, struct's, codecs'
-        raise BadInput(f"{path} cannot be read as a .zip: {assets.brief(error)}")
-    found = {i.filename: i.file_size for i in pack.infolist() if not i.is_dir()
-             and not any(part.startswith(".") for part in i.filename.split("/"))}
-    for f, length in found.items():                                   # a line of INDEX is short
-        limit = min(LIMIT, 2**20 + 1000 * len(found)) if f == INDEX else LIMIT
-        if length > limit and f.lower().endswith((*ENDINGS, INDEX)):
-            raise BadInput(f"{path}: {f!r} claims {length / 2**20:,.0f} MiB, more than the "
-                           f"{limit >> 20} that it may have; remove it")
-    return sorted(found), pack.open
+        raise BadInput(f"{printable(path)} cannot be read: {brief(error)}")
+    found = {i.filename: min(i.file_size, assets.LIMIT) for i in pack.infolist()
+             if i.filename[-1:] != "/" and "/." not in f"/{i.filename}"}
+    return sorted(found), lambda f: io.BytesIO(pack.open(f).read(found[f]))
 
 
 def class_folders(path, files):
-    """Labels [N] and names: the folders of the first level, sorted, are the classes; (None, []) if
-    there are none. Raises BadInput."""
+    """Labels [N] and names: of the folders at the top, 2 before 10; or (None, []). BadInput."""
     tops = [f.split("/")[0] if "/" in f else "" for f in files]
-    names, labels = np.unique(tops, return_inverse=True)
+    names = sorted(set(tops), key=lambda s: (re.sub("[0-9]+", lambda d: d[0].zfill(30), s), s))
     if "" in names and len(names) > 1:
-        raise BadInput(f"{path}: {files[tops.index('')]} lies beside folders; sort all images "
-                       "into folders, which are the classes, or none")
-    return (None, []) if "" in names else (labels, names.tolist())
+        raise BadInput(printable(f"{path}: {files[tops.index('')]:.200} lies beside folders; sort "
+                                 "all images into folders, which are the classes, or none"))
+    label = {name: i for i, name in enumerate(names)}
+    return (None, []) if "" in names else (np.array([label[top] for top in tops]), names)
 
 
 def edm_labels(path, files, opened):
     """Labels [N] and the numbers as names, from dataset.json: {"labels": [["00000/a.png", 6], ..]};
     (None, []) if it holds null. Raises BadInput."""
     try:
-        with opened(INDEX) as file:
-            listed = dict(json.load(file)["labels"] or [])
-        if not all(type(v) is int and 0 <= v < 10**6 for v in listed.values()):
-            raise ValueError("a label is no integer from 0")
+        with opened(INDEX) as file:                                   # whose lines are short
+            listed = dict(json.loads(file.read(2**20 + 1000 * len(files)))["labels"] or [])
+        for v in listed.values():
+            if type(v) is not int or not 0 <= v < max(len(listed), 1000):
+                raise ValueError(f"label {v!r:.99}; number the classes 0, 1, 2, ..")
     except Exception as error:                                        # json's, zipfile's, ours
-        raise BadInput(f"{path}: {INDEX} is not in EDM's format ({assets.brief(error)}); expected "
-                       '{"labels": [["00000/a.png", 6], ..]} or null; or rename it')
-    wrong = sorted(listed.keys() ^ set(files)) if listed else []
+        raise BadInput(f"{printable(path)}: {INDEX} is not in EDM's format ({brief(error)})"
+                       '; expected {"labels": [["00000/a.png", 6], ..]} or null; or rename it')
+    wrong = sorted(listed.keys() ^ set(files), key=str) if listed else []
     if wrong:
         what = "has a label but is no image there" if wrong[0] in listed else "has no label"
-        raise BadInput(f"{path}: by {INDEX}, {wrong[0]!r} {what} ({len(wrong):,} such files); "
-                       "each image needs a label, and each label an image")
+        raise BadInput(f"{printable(path)}: by {INDEX}, {wrong[0]!r:.200} {what} ({len(wrong):,} "
+                       "such files); each image needs a label, and each label an image")
     labels = np.array([listed[f] for f in files]) if listed else None
     return labels, [str(i) for i in range(labels.max() + 1)] if listed else []
-
-
-def side(opened, name):
-    """Pixels a side of a square image; 0 of another, and of a broken one: `pictures` names it."""
-    try:
-        with opened(name) as file, Image.open(file) as im:
-            return im.width if im.width == im.height else 0
-    except Exception:                                                 # any decoder's
-        return 0
 
 
 def pictures(path, files, opened, size):
     """uint8 [N,size,size,C] of image files, C = 1 if all are grey, and the (width, height) that
     each had. BadInput names broken ones."""
-    images, bad = np.empty((len(files), size, size, 3), np.uint8), []
+    try:
+        images, bad = np.empty((len(files), size, size, 3), np.uint8), []
+    except MemoryError as error:
+        raise BadInput(f"{printable(path)}: {brief(error)}; give a smaller --size")
 
     def read(i):
         try:
             with opened(files[i]) as file:
-                images[i], *seen = decode(file, size)
+                images[i], *seen = decode(file, size, alone)
             return seen
-        except Exception as error:                                    # any decoder's
-            bad.append(f"{files[i]} ({type(error).__name__})")
+        except Exception as error:                                    # any decoder's, and ours
+            why = type(error).__name__ if isinstance(error, OSError) else error
+            bad.append(printable(f"{files[i]:.200} ({why!s:.200})"))
 
-    with ThreadPoolExecutor() as pool:                                # Pillow releases the GIL
+    with ThreadPoolExecutor() as pool, ThreadPoolExecutor(1) as alone:      # Pillow frees the GIL
         seen = list(pool.map(read, range(len(files))))
     if bad:
-        raise BadInput(f"{path}: {len(bad):,} of {len(files):,} images cannot be read; remove or "
-                       f"replace {assets.printable(', '.join(sorted(bad)[:3]))}")
+        raise BadInput(f"{printable(path)}: {len(bad):,} of {len(files):,} images cannot be read; "
+                       f"remove or replace {', '.join(sorted(bad)[:3])}")
     grey, sizes = zip(*seen)
     return images[..., :1].copy() if all(grey) else images, sizes
 
 
-def decode(file, size):
-    """The centre square of an image file, uint8 [size, size, 3], whether it is grey, and its own
-    (width, height)."""
-    with Image.open(file) as im:
-        im = ImageOps.exif_transpose(im)                              # phones store turned pixels
-    if im.mode.startswith("I"):                                       # 16 bits: convert() clips
-        im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
-    grey, own = im.mode in ("1", "L", "LA"), im.size
-    if im.has_transparency_data:
-        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
-    edge = min(own)
+def decode(file, size, alone=None):
+    """The centre square of an image, uint8 [size,size,3]; whether it is grey; (width, height)."""
+    im = Image.open(file, formats=FORMATS)                            # decodes no pixel yet
+    if (pixels := math.prod(im.size)) > 50e6:
+        raise ValueError(f"{im.width}x{im.height}, more than 50 million pixels")
+    if pixels > 4e6 and alone:                                        # one by one: for the memory
+        return alone.submit(decode, file, size).result()
+    ImageOps.exif_transpose(im, in_place=True)                        # phones store turned pixels
+    own, edge = im.size, min(im.size)
     left, top = (im.width - edge) // 2, (im.height - edge) // 2
-    im = im.convert("RGB").crop((left, top, left + edge, top + edge))
-    return np.asarray(im.resize((size, size), Image.LANCZOS)), grey, own
+    im = im.crop((left, top, left + edge, top + edge))
+    if im.mode.startswith("I"):                                       # 16 bits: convert() clips
+        im = Image.fromarray((np.asarray(im) / np.float32(257)).round().astype(np.uint8))
+    grey = im.mode in ("1", "L", "LA")
+    if im.has_transparency_data:
+        im = im.convert("RGBA")
+        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+    return np.asarray(im.convert("RGB").resize((size, size), Image.LANCZOS)), grey, own
 
 
 # ---- what was read -------------------------------------------------------------------------------
-def report(path, skipped, names, sizes, size):
-    """Say how many images were read, which files were not, which class has which label, and what
-    became of the images' (width, height); of a single picture only the last, if it changed."""
+def report(path, skipped, names, lost, sizes, size):
+    """Say how many images were read, which files and folders (`lost`) were not, the labels of the
+    classes, and what became of the (width, height); of a picture only the last, if it changed."""
     counts = dict(shrunk=sum(min(s) > size for s in sizes),
                   enlarged=sum(min(s) < size for s in sizes),
                   cropped=sum(w != h for w, h in sizes))
@@ -254,23 +280,19 @@ def report(path, skipped, names, sizes, size):
     own = " .. ".join(dict.fromkeys(f"{w}x{h}" for w, h in ends))     # one if they are the same
     change = f"{own} -> {size}x{size}: {done or 'as stored'}"
     if path.is_file() and path.suffix.lower() in ENDINGS:
-        return say_once(f"{path.name}: {change}") if done else None
-    shown = [f"{i} {name}" for i, name in enumerate(names)]
-    if len(shown) > 6:
-        shown[5:-1] = [".."]
-    say_once(f"{path.resolve().name}: {len(sizes):,} image{'s' * (len(sizes) > 1)} read"
+        return say_once(f"{printable(path.name)}: {change}") if done else None
+    labels = [f"{i} {name:.50}" for i, name in enumerate(names)]
+    labels[5:-1] = [".."] if len(labels) > 6 else labels[5:-1]
+    none = [f"{t:.50} ({endings(f for f in skipped if f.split('/')[0] == t)})" for t in lost[:3]]
+    say_once(f"{printable(path.resolve().name)}: {len(sizes):,} image{'s' * (len(sizes) > 1)} read"
              + (f", {len(skipped):,} skipped ({endings(skipped)})" if skipped else "")
-             + (f"\n  labels    {assets.printable(', '.join(shown))}" if names else "")
+             + (f"\n  labels    {printable(', '.join(labels))}" if names else "")
+             + (f"\n  no class  {printable(', '.join(none))}{', ..' * (len(lost) > 3)}: no image "
+                f"that is read" if lost else "")
              + f"\n  size      {change}")
 
 
 def endings(files):
     """'.gif 2, .txt 1': how many files have which ending, of the first five."""
     count = Counter(Path(f).suffix.lower() or "no ending" for f in files).most_common(5)
-    return assets.printable(", ".join(f"{end} {n:,}" for end, n in count)) or "no other files"
-
-
-@lru_cache(maxsize=None)
-def say_once(text):
-    """A run and the teacher that it trains load the same data."""
-    say(text)
+    return printable(", ".join(f"{end} {n:,}" for end, n in count)) or "no other files"

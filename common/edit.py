@@ -2,13 +2,13 @@
 
 t is the standard deviation of the noise, also for networks with another time. Images are [B,C,H,W] in [-1, 1]."""
 import math
-from pathlib import Path
+import os
 
 import torch
 import torch.nn.functional as F
 
 from common.data import load
-from common.flags import BadInput
+from common.flags import BadInput, printable
 
 LUMA = torch.tensor([.2989, .5870, .1140], dtype=torch.float64).view(3, 1, 1)     # luminance of red, green, blue
 
@@ -84,13 +84,13 @@ def slerp(a, b, w):
 def read_images(name, size, channels, flag="--images"):
     """A picture, a folder, a .zip or a .npz, made to fit the network: uint8 [N,C,H,W], and labels [N] or None. `flag`
     is the one that named it. BadInput."""
-    path = Path(name).expanduser().resolve()              # not the data set of this name
-    if not path.exists():
-        raise BadInput(f"{flag} {name}: there is no such file or folder")
-    data = load(str(path), size=0 if path.suffix == ".npz" else size)
+    path = os.path.abspath(os.path.expanduser(name))      # not the data set of this name
+    if not os.path.exists(path):
+        raise BadInput(f"{flag} {printable(name[-200:])}: there is no such file or folder")
+    data = load(path, size=0 if path.lower().endswith(".npz") else size)
     images = data.images
     if images.shape[-1] != size:
-        raise BadInput(f"{flag} {name} has images of {images.shape[-1]} pixels a side, this run {size}; "
+        raise BadInput(f"{flag} {printable(name)} has images of {images.shape[-1]} pixels a side, this run {size}; "
                        "resize them, or give a folder of pictures, which are resized here")
     if images.shape[1] > channels:
         images = (images * LUMA).sum(1, keepdim=True).round().to(torch.uint8)

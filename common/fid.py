@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common import assets
 from common.data import load, mix
-from common.flags import BadInput, Parser, device_of, say
+from common.flags import BadInput, Parser, brief, device_of, say
 
 MODE = "legacy_tensorflow"        # the resize behind the published figures; clean-fid's own is "clean"
 
@@ -91,7 +91,7 @@ def reference(data, data_dir, mode=MODE):
                 np.savez(f"{tmp}/new.npz", mean=mean, cov=cov, about=about)
                 os.replace(f"{tmp}/new.npz", path)        # whatever bears the name is whole
         except OSError as error:                          # the figure does not need the file
-            say(f"{path} cannot be written, so the next FID computes it again: {assets.brief(error)}")
+            say(f"{path} cannot be written, so the next FID computes it again: {brief(error)}")
     return mean, cov
 
 

@@ -1,6 +1,8 @@
 """Data sets and downloads. Every name or docstring says which mistake the test catches."""
+import copy
 import gzip
 import hashlib
+import io
 import json
 import os
 import signal
@@ -11,13 +13,14 @@ import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common import assets, data as data_file
 from common.data import Data, load
@@ -297,6 +300,160 @@ def test_npz_without_channels_or_labels(tmp_path):
     assert data.classes == 0 and data.labels.tolist() == [0] * 5
 
 
+# ---- files that do harm --------------------------------------------------------------------------
+def header(width, height):
+    """The beginning of a PNG."""
+    png = io.BytesIO()
+    Image.new("L", (1, 1)).save(png, "png")
+    head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\0\0\0\0"
+    return png.getvalue()[:12] + head + zlib.crc32(head).to_bytes(4, "big") + png.getvalue()[33:]
+
+
+def test_huge_images_are_refused_by_their_size(tmp_path, shell):
+    """3 GB for 13,000 x 13,000 pixels of one colour; Pillow's own warning, lines of a file of ours in it."""
+    for i, (w, h) in enumerate([(7072, 7072), (13000, 13000), (2, 10**8)]):
+        (tmp_path / f"{i}.png").write_bytes(header(w, h))
+    p = shell("-c", f"from common.data import load; load({str(tmp_path)!r})")
+    assert p.returncode == 2 and p.stderr.count("\n") == 1 and "3 of 3" in p.stderr, p.stderr
+    assert "0.png (7072x7072, more than 50 million pixels), 1.png (13000x13000" in p.stderr
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    """Threads that multiply the memory of one image, in turn too: each keeps some; small images that wait."""
+    where, real = {}, ImageOps.exif_transpose
+
+    def slow(im, **kw):
+        where.setdefault(im.size, set()).add(threading.get_ident())
+        time.sleep(0.05)
+        return real(im, **kw)
+    monkeypatch.setattr(ImageOps, "exif_transpose", slow)
+    for side in (2001, 20):
+        for i in range(4):
+            save(tmp_path / str(side), f"{i}.png", np.zeros((side, side)))
+        load(str(tmp_path / str(side)))
+    assert len(where[2001, 2001]) == 1 < len(where[20, 20])
+
+
+def test_formats_that_nobody_asked_for_are_not_decoded(tmp_path, monkeypatch):
+    """PostScript under the name of a picture, for which Pillow starts a program."""
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("it ran"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    os.rename(tmp_path / "a.eps", tmp_path / "a.png")
+    assert "a.png (UnidentifiedImageError)" in fails(str(tmp_path))
+
+
+@pytest.mark.parametrize("name, hint", [
+    ("set/a.png", "1 of 2 images cannot be read; remove or replace a.png (no regular file)"),
+    ("set/dataset.json", "no regular file"), ("x.npz", "is no folder"), ("x.zip", "is no folder"),
+    ("x.png", "is no folder")])
+def test_a_pipe_is_not_opened(tmp_path, name, hint):
+    """A run that waits for ever."""
+    save(tmp_path, "set/b.png", np.zeros((4, 4)))
+    os.mkfifo(tmp_path / name)
+    done, write = threading.Event(), os.O_RDWR | os.O_NONBLOCK
+
+    def free():                                           # who waits sees an empty file: nor does this test wait
+        done.wait(5)
+        while not done.wait(0.1):
+            os.close(os.open(tmp_path / name, write))
+    threading.Thread(target=free).start()
+    try:
+        assert hint in fails(str(tmp_path / Path(name).parts[0]))
+    finally:
+        done.set()
+
+
+def test_sockets_and_broken_links_are_named(tmp_path):
+    save(tmp_path, "c.png", np.zeros((4, 4)))
+    (tmp_path / "a.png").symlink_to("gone"), (tmp_path / "self.png").symlink_to("self.png")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(os.path.relpath(tmp_path / "b.png"))
+        message = fails(str(tmp_path))
+    assert "3 of 4" in message and "a.png (no regular file), b.png (no regular file), self.png" in message
+    assert "is no such folder" in fails(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("links, named", [
+    ({"a/l": "set/a"}, "set/a/l"), ({"a/l": "set"}, "set/a/l"), ({"a/l": "."}, "set/a/l"),
+    ({"a/l": "set/b", "b/l": "set/a"}, "/l/l"), ({"a/l": "out", "../out/l": "set/a"}, "a/l/l"),
+    ({"a/l": "/"}, "set/a/l")])
+def test_links_in_a_circle_are_refused_by_name(tmp_path, links, named):
+    """Every image 40 times, until the system gives up; or the whole disk."""
+    for name in ("set/a/x.png", "set/b/y.png", "out/z.png"):
+        save(tmp_path, name, np.zeros((4, 4)))
+    for link, to in links.items():
+        (tmp_path / "set" / link).symlink_to(tmp_path / to)
+    (tmp_path / "here").symlink_to("set")
+    for top in ("set", "here"):
+        message = fails(str(tmp_path / top))
+        assert f"{named.replace('set', top)} is a link to a folder that holds it" in message and "\n" not in message
+
+
+def test_links_that_are_no_circle_are_followed(tmp_path):
+    """A set made of links to others, to a file, twice to the same folder, reached by a link, hidden by name."""
+    save(tmp_path, "all/cat/x.png", np.full((4, 4), 1))
+    save(tmp_path, "all/cat/.git/y.png", np.full((4, 4), 2))
+    (tmp_path / ".set/ape").mkdir(parents=True), (tmp_path / ".set/.gone").symlink_to(tmp_path)
+    (tmp_path / ".set/cat").symlink_to(tmp_path / "all/cat"), (tmp_path / ".set/dog").symlink_to("cat")
+    (tmp_path / ".set/ape/z.png").symlink_to(tmp_path / "all/cat/x.png")
+    (tmp_path / "here").symlink_to(tmp_path / ".set")
+    (tmp_path / "all/.too").symlink_to(tmp_path / "all")
+    assert load(str(tmp_path / "all/.too")).names == ["cat"]
+    for name in (".set", "here"):
+        data = load(str(tmp_path / name))
+        assert data.names == ["ape", "cat", "dog"] and data.labels.tolist() == [0, 1, 2]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    """A class that vanishes, because nobody may read it."""
+    save(tmp_path, "a/x.png", np.zeros((4, 4))), save(tmp_path, "b/x.png", np.zeros((4, 4)))
+    real = os.listdir
+
+    def listed(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+    monkeypatch.setattr(os, "listdir", listed)
+    assert "PermissionError" in fails(str(tmp_path))
+
+
+@pytest.mark.parametrize("size", [-1, 1025, 10**6])
+def test_absurd_sizes_are_refused(tmp_path, size):
+    """A traceback, or memory for 3 TB."""
+    save(tmp_path, "a.png", np.zeros((4, 4)))
+    for name in (tmp_path, tmp_path / "a.png"):
+        assert f"{size} pixels a side; give a --size of 1 .. 1024" in fails(str(name), size=size)
+
+
+def test_sizes_that_are_too_much_for_the_memory_are_refused(tmp_path, monkeypatch):
+    """Images of an EDM set that nobody asked to be as large as they are; a traceback of numpy's."""
+    edm_set(tmp_path / "set", [1, 0], side=1025)
+    assert "1025 pixels a side; give a --size" in fails(str(tmp_path / "set"))
+    monkeypatch.setattr(np, "empty", lambda shape, kind: np.ndarray((2**50, *shape), kind))
+    assert "Unable to allocate" in fails(str(tmp_path / "set"), size=4)
+
+
+def test_names_are_taken_as_they_are(tmp_path, capsys):
+    """A traceback for what is no file's name; a terminal's commands in a message, or in the name of a run."""
+    for name in ("x" * 300, "y/" * 3000, "a\0b", "a\ud800", "~nobody-here/x", "x" * 300 + ".npz", "a\033[2J.zip"):
+        message = fails(name)
+        assert "is no such folder" in message and len(message) < 400 and message.isprintable()
+    odd = os.fsdecode(b"odd\xff\033")
+    save(tmp_path, f"{odd}/{odd}/{odd}.png", np.zeros((4, 4))), save(tmp_path, f"{odd}/b/b.png", np.zeros((4, 4)))
+    (tmp_path / odd / odd / f"a.{odd}").write_text("x")
+    data = load(str(tmp_path / odd))
+    assert data.name == "odd??" and data.names == ["b", odd]
+    assert capsys.readouterr().out.replace("\n", "").isprintable()
+    (tmp_path / odd / f"b/{odd}.png").write_text("x"), (tmp_path / odd / "b/b.npz").write_text("x")
+    (tmp_path / odd / f"{odd}.zip").write_text("x"), save(tmp_path, f"many/{'n' * 250}/a.png", np.zeros((4, 4)))
+    for name in (".", "b/b.npz", f"{odd}.zip"):
+        assert fails(str(tmp_path / odd / name)).isprintable()
+    (tmp_path / odd / f"{odd}.png").write_text("x")
+    assert "lies beside" in fails(str(tmp_path / odd)) and fails(str(tmp_path / odd)).isprintable()
+    assert load(str(tmp_path / "many" / ("n" * 250))).name == "n" * 50, "a run's folder is called after it"
+
+
 # ---- what is said of folders ---------------------------------------------------------------------
 def test_a_folder_is_reported_with_counts(tmp_path, capsys):
     """Files passed over, images narrowed or labels given without a word; hidden files or an EDM set's index counted
@@ -315,6 +472,34 @@ def test_a_folder_is_reported_with_counts(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     load(str(photos), size=4)
     assert "4x4 .. 20x8 -> 4x4: 3 shrunk, 1 cropped" in capsys.readouterr().out
+
+
+def test_classes_are_in_natural_order(tmp_path):
+    """10 before 2: labels that are not the numbers of the folders. What only looks like a digit; a tie."""
+    names = ["0001", "001", "01", "1", "2", "10", "9" * 20, "a", "a1", "a1b", "a2", "a2b1", "a2b10", "a10", "b", "²"]
+    for name in names[::-1]:
+        save(tmp_path, f"{name}/x.png", np.zeros((4, 4)))
+    assert load(str(tmp_path)).names == names
+
+
+def test_folders_without_an_image_that_is_read_are_said(tmp_path, capsys):
+    """A class that vanishes without a word and shifts the labels; an EDM set's folders taken for classes."""
+    for name in ("ape/x.png", "dog/y.png"):
+        save(tmp_path, f"set/{name}", np.zeros((4, 4)))
+    (tmp_path / "set/cat/deep").mkdir(parents=True)
+    for i in range(12):
+        (tmp_path / "set/dog" / f"{i}.gif").write_text("x")
+        (tmp_path / "set/cat/deep" / f"{i}.gif").write_text("x")
+    assert load(str(tmp_path / "set")).names == ["ape", "dog"]
+    assert "  labels    0 ape, 1 dog\n  no class  cat (.gif 12): no image that is read\n" in capsys.readouterr().out
+    for i in range(9):
+        (tmp_path / f"set/n{i}").mkdir(), (tmp_path / f"set/n{i}/x.txt").write_text("x")
+    load(str(tmp_path / "set"))
+    assert "  no class  cat (.gif 12), n0 (.txt 1), n1 (.txt 1), ..: no image" in capsys.readouterr().out
+    edm_set(tmp_path / "edm", [1, 0])
+    (tmp_path / "edm/more").mkdir(), (tmp_path / "edm/more/x.gif").write_text("x")
+    load(str(tmp_path / "edm"))
+    assert "no class" not in capsys.readouterr().out
 
 
 def test_nothing_is_reported_that_did_not_happen(tmp_path, capsys):
@@ -407,16 +592,20 @@ def test_a_run_takes_a_zip(tmp_path, train):
 @pytest.mark.parametrize("index, hints", [
     ("{", ["not in EDM's format", "JSON"]), ("[]", ["not in EDM's format"]), ('{"a": 1}', ["not in EDM's format"]),
     ('{"labels": [["00000/img00000000.png"]]}', ["not in EDM's format"]), ("[" * 99999, ["not in EDM's format"]),
-    ('{"labels": [["00000/img00000000.png", 1.5], ["00000/img00000001.png", 0]]}', ["no integer"]),
-    ('{"labels": [["00000/img00000000.png", -1], ["00000/img00000001.png", 0]]}', ["no integer"]),
-    ('{"labels": [["00000/img00000000.png", 1e9], ["00000/img00000001.png", 0]]}', ["no integer"]),
-    ('{"labels": [["00000/img00000000.png", 1000000], ["00000/img00000001.png", 0]]}', ["no integer"]),
+    ('{"labels": [["00000/img00000000.png", 1.5], ["00000/img00000001.png", 0]]}', ["label 1.5; number the"]),
+    ('{"labels": [["00000/img00000000.png", -1], ["00000/img00000001.png", 0]]}', ["label -1; number the"]),
+    ('{"labels": [["00000/img00000000.png", 1e9], ["00000/img00000001.png", 0]]}', ["label 1000000000.0; number the"]),
+    ('{"labels": [["00000/img00000000.png", 1000000], ["00000/img00000001.png", 0]]}', ["label 1000000; number the"]),
+    ('{"labels": [["00000/img00000000.png", 1000], ["00000/img00000001.png", 0]]}', ["label 1000; number the"]),
+    ('{"labels": [[7, 1], [null, 0], ["00000/img00000000.png", 1]]}', ["has no label", "(3 such"]),
+    (" " * 2**21 + '{"labels": null}', ["not in EDM's format"]),
     ('{"labels": [["00000/img00000000.png", 1]]}', ["'00000/img00000001.png' has no label", "(1 such"]),
     ('{"labels": [["00000/img00000000.png", 1], ["00000/img00000001.png", 0], ["gone.png", 0], ["z.png", 0]]}',
      ["'gone.png' has a label but is no image", "(2 such"])])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_bad_index_is_refused(tmp_path, index, hints, packed):
-    """A traceback, labels of other images, a class number that asks for a table of gigabytes."""
+    """A traceback, labels of other images, a class number that asks for a table of gigabytes, an index far longer than
+    one of so few images is, names that cannot be sorted."""
     edm_set(tmp_path / "set", [1, 0])
     (tmp_path / "set/dataset.json").write_text(index)
     message = fails(str(pack(tmp_path / "set.zip", tmp_path / "set") if packed else tmp_path / "set"))
@@ -436,19 +625,68 @@ def test_a_bad_zip_is_refused(tmp_path):
     assert "1 of 2 images cannot be read" in fails(str(pack(file, tmp_path / "set")))
     with zipfile.ZipFile(file, "w") as z:
         z.writestr("notes.txt", "x")
-    assert "no images there" in fails(str(file)) and "but .txt 1" in fails(str(file))
+        z.writestr("x", "x")
+        z.filelist[-1].filename = ""                      # no program writes it, but a damaged file may hold it
+    assert "no images" in fails(str(file)) and "but no ending 1, .txt 1" in fails(str(file))
     assert "is no such folder" in fails(str(tmp_path / "absent.zip"))
 
 
-@pytest.mark.parametrize("name, claim", [("00000/img00000001.png", 2**28 + 1), ("dataset.json", 2**22)])
-def test_a_zip_that_claims_absurd_sizes_is_refused(tmp_path, name, claim):
-    """A small archive that fills the memory."""
+def repack(file, change):
+    """A .zip again, after change(its list of members): what its directory says is no longer true."""
+    with zipfile.ZipFile(file, "a") as z:
+        change(z.filelist)
+        z.writestr("last.txt", "")                        # so that its directory is written again
+
+
+@pytest.mark.parametrize("claim", [2**28, 2**40])
+@pytest.mark.parametrize("kind", ["zip", "npz"])
+def test_a_small_archive_that_claims_much_is_refused(tmp_path, kind, claim):
+    """A small archive that fills the memory, by one member or by many that share their bytes."""
     edm_set(tmp_path / "set", [1, 0])
-    with zipfile.ZipFile(pack(tmp_path / "set.zip", tmp_path / "set"), "a") as z:
-        z.getinfo(name).file_size = claim
-        z.writestr("other.bin", "")                       # so that its directory is written again
-        z.getinfo("other.bin").file_size = 2**31          # never opened, so no harm
-    assert f"'{name}' claims" in fails(str(tmp_path / "set.zip"))
+    np.savez(tmp_path / "set.npz", images=GOOD)
+    pack(tmp_path / "set.zip", tmp_path / "set")
+    file = tmp_path / f"set.{kind}"
+
+    def change(members):
+        members[0].file_size = claim
+        members.append(copy.copy(members[0]))
+    repack(file, change)
+    assert "MiB" in fails(str(file)) and "pack it anew" in fails(str(file))
+
+
+def test_an_archive_may_be_long_or_pack_well(tmp_path, monkeypatch):
+    """Honest arrays refused for their length, or because real images are packed to a tenth."""
+    monkeypatch.setattr(assets, "LIMIT", 0)
+    images = np.zeros((100, 64, 64, 3), np.uint8)
+    np.savez(tmp_path / "long.npz", images=images)
+    images[:, ::4, ::4] = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3))
+    np.savez_compressed(tmp_path / "well.npz", images=images)
+    assert len(load(str(tmp_path / "long.npz")).images) == len(load(str(tmp_path / "well.npz")).images) == 100
+    np.savez_compressed(tmp_path / "zeros.npz", images=np.zeros((2000, 64, 64, 3), np.uint8))
+    assert "claims 23 MiB" in fails(str(tmp_path / "zeros.npz"))
+
+
+@pytest.mark.parametrize("name", ["a.png", "dataset.json", "images.npy"])
+def test_no_member_is_unpacked_beyond_its_claim(tmp_path, monkeypatch, name):
+    """zlib asked for all that a member holds, whatever the directory says: gigabytes, of which most is then cut off."""
+    asked, read = [], zipfile.ZipExtFile.read
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda self, n=-1: asked.append(n) or read(self, n))
+    file = tmp_path / ("set.npz" if name == "images.npy" else "set.zip")
+    header = b"\x93NUMPY\x02\0" + (2**32 - 1).to_bytes(4, "little")      # a version with long headers
+    with zipfile.ZipFile(file, "w") as z:
+        z.writestr("b.png", "")
+        z.writestr(name, header + bytes(1000), zipfile.ZIP_DEFLATED)
+    fails(str(file))
+    assert asked and 0 <= min(asked) and max(asked) <= 2**24
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_methods_of_packing_are_refused(tmp_path, method):
+    """zipfile unpacks 4 KB of them in one piece, which may be gigabytes."""
+    for name in ("set.npz", "set.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w", method) as z:
+            z.writestr("images.npy", bytes(9999))
+        assert "deflate" in fails(str(tmp_path / name))
 
 
 # ---- arrays --------------------------------------------------------------------------------------
@@ -457,13 +695,46 @@ GOOD = np.zeros((4, 8, 8, 3), np.uint8)
 
 @pytest.mark.parametrize("content", [
     dict(pictures=GOOD), dict(images=GOOD.astype(np.float32)), dict(images=GOOD[:, :, :4]),
-    dict(images=GOOD[:0]), dict(images=GOOD[0, 0]), dict(images=np.zeros((4, 2, 8, 8), np.uint8)),
+    dict(images=GOOD[:0]), dict(images=GOOD[:, :0, :0]), dict(images=GOOD[0, 0]),
+    dict(images=np.zeros((4, 2, 8, 8), np.uint8)),
     dict(images=GOOD, labels=np.zeros(3, int)), dict(images=GOOD, labels=np.zeros(4)),
-    dict(images=GOOD, labels=np.array([0, 1, -1, 0]))])
+    dict(images=GOOD, labels=np.array([0, 1, -1, 0])), dict(images=GOOD, labels=np.array(list("abcd")))])
 def test_bad_npz_is_refused(tmp_path, content):
-    """Floats shown as noise, stretched images, classes that overrun."""
+    """Floats shown as noise, stretched images or images of no pixels, classes that overrun."""
     np.savez(tmp_path / "bad.npz", **content)
     assert "expected" in fails(str(tmp_path / "bad.npz"))
+
+
+@pytest.mark.parametrize("top, kind", [(1000, int), (10**9, np.int32), (2**63 + 5, np.uint64), (2**64 - 1, np.uint64)])
+def test_a_label_that_asks_for_too_many_classes_is_refused(tmp_path, top, kind):
+    """An embedding of 32 GB; a label that becomes negative on its way to 64 bits."""
+    np.savez(tmp_path / "a.npz", images=GOOD, labels=np.array([0, top, 1, 1], kind))
+    message = fails(str(tmp_path / "a.npz"))
+    assert f"reach {top};" in message and "number the classes 0, 1, 2, .." in message
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2", ">i8", "u8", "u4"])
+def test_labels_of_any_integers_are_taken(tmp_path, kind):
+    """Bytes in the other order, or no sign, which torch does not know."""
+    np.savez(tmp_path / "a.npz", images=GOOD, labels=np.array([0, 999, 1, 1]).astype(kind))
+    data = load(str(tmp_path / "a.npz"))
+    assert data.labels.tolist() == [0, 999, 1, 1] and data.classes == 1000
+
+
+def test_a_header_that_claims_a_huge_array_is_refused(tmp_path):
+    """Memory taken for what the file does not hold."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(10**9, 1000, 1000, 3)))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as z:
+        z.writestr("images.npy", file.getvalue() + bytes(99))
+    message = fails(str(tmp_path / "a.npz"))
+    assert "expected" in message and "\n" not in message
+
+
+def test_endings_in_capitals_are_alike(tmp_path):
+    with open(tmp_path / "A.NPZ", "wb") as file:
+        np.savez(file, images=GOOD)
+    assert (load(str(tmp_path / "A.NPZ")).name, len(load(str(tmp_path / "A.NPZ")).images)) == ("A", 4)
 
 
 class Payload:
@@ -680,7 +951,7 @@ def test_a_cached_file_that_claims_absurd_sizes_is_fetched_again(use, tmp_path, 
         z.getinfo("other.bin").file_size = 2**31
     for _ in range(2):
         assert np.array_equal(assets.dataset("mnist", tmp_path)[0][..., 0], IMAGES)
-    assert capsys.readouterr().out.count("claims to hold") == 1
+    assert capsys.readouterr().out.count("it claims") == 1
 
 
 def test_a_pipe_in_the_cache_is_replaced(use, tmp_path, capsys):

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ import ect
 from common import edit, fid, sample, teacher
 from common.data import load
 from common.fid import fd_pixels
-from common.flags import config_of
+from common.flags import BadInput, config_of
 from common.networks import backbone
 from common.precond import EDM, TrigFlow
 from common.unet import UNet
@@ -465,6 +466,25 @@ def test_bad_input_is_refused(argv, hint, grey, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "large.npz", images=np.zeros((2, 9, 9), np.uint8))
     assert hint in refused(grey, *argv.split())
+
+
+def test_names_of_images_are_taken_as_they_are(tmp_path):
+    """A traceback for what is no file's name; a link's own ending lost; a pipe that is waited for."""
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("x" * 300, "a\0b", "~nobody-here/x", "a\033[2J", str(tmp_path / "loop")):
+        with pytest.raises(BadInput) as info:
+            edit.mask_of(name, 8)
+        message = info.value.message
+        assert "--mask" in message and "no such file" in message and message.isprintable()
+    Image.new("L", (8, 8), 255).save(tmp_path / "blob", "png"), (tmp_path / "a.png").symlink_to("blob")
+    with open(tmp_path / "B.NPZ", "wb") as file:
+        np.savez(file, images=np.zeros((1, 8, 8), np.uint8))
+    assert edit.mask_of(str(tmp_path / "a.png"), 8).all() and not edit.mask_of(str(tmp_path / "B.NPZ"), 8).any()
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, hint in ("pipe.png", "is no folder"), ("B.NPZ", "resize them"):
+        with pytest.raises(BadInput) as info:
+            edit.mask_of(str(tmp_path / name), 9)
+        assert hint in info.value.message
 
 
 def test_runs_that_cannot_be_edited_are_refused(grey, colour, refused, tmp_path, monkeypatch):

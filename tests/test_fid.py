@@ -341,7 +341,7 @@ def test_the_command_measures_images_as_they_are_stored(net, tmp_path, capsys):
     def measure(a, *flags):
         return fid.main([str(tmp_path / a), str(tmp_path / "real.npz"), "--data-dir", str(tmp_path / "data"), *flags])
     assert measure("a") == measure("a.npz") and "40x40, legacy" in capsys.readouterr().out
-    for wrong, why in ((["small"], "of 40; --size N crops"), (["a", "--size", "32"], "of 40 pixels a side, not 32"),
+    for wrong, why in ((["small"], "of 40; --size N crops"), (["a", "--size", "32"], "of 40 pixels a side; leave"),
                        (["a", "--size", "0"], "at least 1"), (["a", "--size", "5000"], "below 4096")):
         with pytest.raises(BadInput) as e:
             measure(*wrong)

@@ -166,7 +166,7 @@ def check_room(path, state):
     numbers = [v.numel() for m in state.values() if isinstance(m, torch.nn.Module) for v in m.state_dict().values()]
     numbers += [2 * p.numel() for o in state.values() for g in getattr(o, "param_groups", ()) for p in g["params"]]
     path = Path(path).resolve()
-    need = 3 * 4 * sum(numbers) - sum(f.stat().st_size for f in path.glob("ckpt*.pt"))
+    need = 3 * 4 * sum(numbers) - sum(map(os.path.getsize, glob.glob(f"{glob.escape(str(path))}/ckpt*.pt")))
     room = shutil.disk_usage(next(p for p in (path, *path.parents) if os.path.exists(p))).free
     if room < need:
         raise BadInput(f"{path}: {room / 1e9:.1f} GB are free there, and three checkpoints of this run take "

@@ -105,12 +105,14 @@ class Evil:
 
 def pickles():
     """What small pickles can do."""
-    prime = 2**61 - 1
+    def number(i):
+        return b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little")     # all of one hash
     yield b"(dp2147483647\n."                             # a memo of five gigabytes
     yield b"\x80\x02}r\xff\xff\xff\x7f."
-    yield pickle.dumps({i * prime: 0 for i in range(10**5)}, 2)           # one hash for all keys
-    yield pickle.dumps({i * prime for i in range(10**5)}, 4)
-    yield pickle.dumps({(i * prime,): 0 for i in range(10**5)}, 2)
+    yield b"\x80\x02}(" + b"".join(number(i) + b"N" for i in range(10**5)) + b"u."
+    yield b"\x80\x04\x8f(" + b"".join(map(number, range(10**5))) + b"\x90."
+    yield b"\x80\x02}(" + b"".join(number(i) + b"\x85N" for i in range(10**5)) + b"u."
+    yield b"\x80\x02}" + b"".join(number(i) + b"Ns" for i in range(10**5)) + b"."
     yield b"}" * 5 * 10**6 + b"."
     yield b"(" * 10**6 + b"t" * 10**6 + b"."
     yield b"\x80\x04\x95" + (2**60).to_bytes(8, "little") + b"}."
@@ -119,6 +121,25 @@ def pickles():
     yield pickle.dumps(Evil())
     yield b"cos\nsystem\n(S'mkdir pwned'\ntR."
     yield b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0bmkdir pwned\x85R."
+
+
+def checkpoints(good):
+    """What torch.load does not look at."""
+    old, out = zipfile.ZipFile(io.BytesIO(good)), io.BytesIO()
+    for method, code in ((zipfile.ZIP_DEFLATED, None), *((zipfile.ZIP_STORED, p) for p in list(pickles())[2:])):
+        with zipfile.ZipFile(out := io.BytesIO(), "w", method) as new:
+            for name in old.namelist():
+                new.writestr(name, code if code and name.endswith("data.pkl") else old.read(name))
+        yield out.getvalue()
+    for name in ("net", "ema"):
+        tree = torch.load(io.BytesIO(good), weights_only=True)
+        key = next(k for k, v in tree[name].items() if v.dim() == 4)
+        tree[name][key] = tree[name][key][:1, :1, :1, :1].expand(10**5, 10**4, 3, 3)      # strides of 0
+        yield torch_bytes(tree)
+    for more in (dict(blocks=10**6), dict(mult=(1,) * 10**6), dict(ch=10**6), dict(classes=10**8), dict(size=10**6)):
+        tree = torch.load(io.BytesIO(good), weights_only=True)
+        tree["model"]["kwargs"] |= more
+        yield torch_bytes(tree)
 
 
 def arrays():
@@ -179,11 +200,11 @@ class Reader:
         sample.main([str(self.run), "--n", "2", "--steps", "1", "--device", "cpu", "--out", str(self.top / "x.png")])
 
     def checkpoint(self, r, given=None):
-        bad = given or r.choice([
+        bad = (lambda: given) if given else r.choice([
             lambda: mutate(r, self.good_ckpt), lambda: part_of_zip(r, self.good_ckpt, lambda n: True),
             *[lambda: part_of_zip(r, self.good_ckpt, lambda n: n.endswith("data.pkl"))] * 2,
-            *[lambda: torch_bytes(inside(r, torch.load(io.BytesIO(self.good_ckpt), weights_only=True)))] * 4])()
-        (self.run / "ckpt.pt").write_bytes(bad)
+            *[lambda: torch_bytes(inside(r, torch.load(io.BytesIO(self.good_ckpt), weights_only=True)))] * 4])
+        (self.run / "ckpt.pt").write_bytes(bad())
         try:
             self.sampled()
         finally:
@@ -274,7 +295,7 @@ def check(wrong, top):
 
 def test_what_was_made_to_do_harm(reader, tmp_path):
     """A small file that takes gigabytes or minutes, or runs what it holds."""
-    made = dict(pickle=pickles(), npz=arrays(), image=pictures(), mask=pictures())
+    made = dict(pickle=pickles(), npz=arrays(), image=pictures(), mask=pictures(), checkpoint=checkpoints(reader.good_ckpt))
     check(trial(tmp_path, reader, [(kind, i, b) for kind, files in made.items() for i, b in enumerate(files)]), tmp_path)
 
 

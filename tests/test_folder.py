@@ -25,6 +25,13 @@ from common.run import Run
 AUTO = ("--teacher", "auto", "--teacher-iters", "4", "--iters", "1")
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Other tests may leave those of a run that they ended halfway."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @pytest.fixture
 def refused(capsys):
     """The one line with which something is refused."""

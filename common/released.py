@@ -1,4 +1,4 @@
-"""Safe import of the checkpoints released by EDM, and of ECT's snapshots, which have the same format.
+"""From a checkpoint file to a network; safe import of those released by EDM, and of ECT's, which have the same format.
 
 Their .pkl files hold Python objects together with their source code, which NVIDIA's loader executes. Here every name
 that a file asks for becomes inert data, or is refused; nothing that a file names is imported or called."""

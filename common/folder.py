@@ -17,7 +17,6 @@ import glob
 import hashlib
 import json
 import os
-import pickletools
 import re
 import shutil
 import socket
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from pickletools import genops
 
 import torch
 import torch.distributed as dist
@@ -220,18 +220,18 @@ def settle(folder, keep):
     os.replace(tmp, new)
 
 
-def intact(file):
-    """Does this checkpoint hold the bytes that were written? torch.load does not look at the checksums in the file.
-    torch compresses nothing, and stores no part twice: such a file may be small and fill the memory. Keys of one hash,
-    which numbers above 2**60 can be, would take hours."""
+def intact(file, ours=True):
+    """Does this checkpoint hold the bytes that were written? torch.load does not look at the checksums in the file. Not
+    `ours`: it may be small and fill the memory, as parts that are compressed or stored twice would, or take hours, as
+    keys of one hash would, which numbers above 2**60 can have."""
     try:
         with zipfile.ZipFile(file) as z:
             parts = z.infolist()
-            honest = all(i.compress_type == zipfile.ZIP_STORED for i in parts)
-            if not honest or sum(i.file_size for i in parts) > os.path.getsize(file) or z.testzip():
+            stored = all(i.compress_type == zipfile.ZIP_STORED for i in parts)
+            if not stored or sum(i.file_size for i in parts) > os.path.getsize(file) or z.testzip():
                 return False
-            code = pickletools.genops(z.read(next(i for i in parts if i.filename.endswith("/data.pkl"))))
-            return not any(n == 10**6 or type(v) is int and abs(v) > 2**60 for n, (_, v, _) in enumerate(code))
+            code = b"." if ours else z.read(next(i for i in parts if i.filename.endswith("/data.pkl")))
+        return not any(n == 10**6 or type(v) is int and abs(v) > 2**60 for n, (_, v, _) in enumerate(genops(code)))
     except Exception:                                     # zipfile raises many kinds for a damaged file
         return False
 
@@ -242,7 +242,7 @@ def load(path):
     files = [path / f"ckpt.{ending}" for ending in ("pt", "tmp", "prev.pt")] if os.path.isdir(path) else [path]
     for f in (files := [f for f in files if os.path.isfile(f)]):
         try:
-            ckpt = torch.load(f, map_location="cpu", weights_only=True) if intact(f) else None
+            ckpt = torch.load(f, map_location="cpu", weights_only=True) if intact(f, ours=False) else None
             why = "damaged, or not of torch.save" if ckpt is None else "the file is not one of these scripts'"
             if isinstance(ckpt, dict) and "model" in ckpt and type(ckpt.get("it", 0)) is int:
                 # a tensor with strides of 0 may be larger than its file; networks and averages may share their numbers

@@ -17,6 +17,7 @@ from common import assets
 from common.data import load, mix
 from common.flags import BadInput, Parser, brief, device_of, say
 
+NOISE = 2**26                     # numbers of noise to draw at a time: half a gigabyte
 MODE = "legacy_tensorflow"        # the resize behind the published figures; clean-fid's own is "clean"
 
 
@@ -34,10 +35,11 @@ def noise_of(ids, k, shape, device, seed=0):
 
 
 def quantise(x):
-    """Images in [-1, 1] -> uint8, truncated as in EDM's generate.py: metrics are of what a file would hold. BadInput if
-    a value is not finite, which would look like a black pixel."""
+    """Images in [-1, 1] -> uint8, truncated as in EDM's generate.py: metrics are of what a file would hold. Raises
+    FloatingPointError if a value is not finite, which would look like a black pixel."""
     if not x.isfinite().all():
-        raise BadInput("the images are not finite: the training of this network has diverged, or its file is damaged")
+        raise FloatingPointError("the images are not finite: the training of this network has diverged, or its file is "
+                                 "damaged; take an earlier checkpoint")
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 

@@ -213,7 +213,7 @@ def main(argv=None):
 
     def draw(make):
         """make(ids, labels) of all images, --batch at a time."""
-        batch = min(a.batch, max(1, 2**26 // (k * channels * size**2)))           # noise of half a gigabyte at most
+        batch = min(a.batch, max(1, fid.NOISE // (k * channels * size**2)))
         batches = tqdm(torch.arange(n).split(batch), disable=n <= batch or a.find_ts)
         return torch.cat([make(i, None if labels is None else labels[i].to(device)).cpu() for i in batches])
 

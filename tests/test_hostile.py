@@ -251,7 +251,7 @@ def judge(read, r, given):
             return ""
         except SystemExit as e:
             said = [line for line in err.getvalue().split("\n") if "error: " in line]
-            return "" if e.code == 2 and len(said) == 1 else f"exit {e.code}: {said}"
+            return "" if e.code in (1, 2) and len(said) == 1 else f"exit {e.code}: {said}"
         except BaseException as e:
             return f"{type(e).__name__}: {e}"[:500]
 

@@ -1,7 +1,10 @@
 """python -m common.sample: every docstring says which mistake the test catches."""
+import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from conftest import ROOT, pixels, snapshot
 from PIL import Image
 
+import ect
 from common import sample
 from common.data import load
 
@@ -204,3 +208,39 @@ def test_a_script_of_the_working_directory_does_not_take_the_place_of_ours(train
             f"sample.main([{str(run)!r}, '--n', '1', '--device', 'cpu'])")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "grid.png").exists() and not (tmp_path / "ran").exists(), done.stderr
+
+
+def test_out_is_tried_before_the_work(train, refused, tmp_path, monkeypatch):
+    """Refused after an hour of sampling; a folder named grid.jpg; a file overwritten by half of another."""
+    _, run = train("ect", "--iters", "1")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    with monkeypatch.context() as m:
+        m.setattr(sample, "load_run", lambda *a: pytest.fail("it begins"))
+        for name in ("grid.jpg", "grid.JPEG", "grid.gif", "x.zip", "file", "folder.png", "file/x.png", "file/deep/x", "x" * 300):
+            assert Path(name).name[:100] in refused(run, "--out", tmp_path / name) and snapshot(tmp_path)["file"] == b"mine"
+    for name, kind in (("a.PNG", "PNG"), ("b.png", "PNG")):
+        sample.main([str(run), "--n", "2", "--device", "cpu", "--out", str(tmp_path / "new" / name)])
+        assert Image.open(tmp_path / "new" / name).format == kind
+    sample.main([str(run), "--n", "2", "--device", "cpu", "--out", str(tmp_path / "new/c.NPZ")])
+    assert len(load(str(tmp_path / "new/c.NPZ")).images) == 2
+    before = snapshot(tmp_path)
+    for name in ("new/b.png", "new/c.NPZ", "new/d"):
+        with monkeypatch.context() as m, pytest.raises(SystemExit):
+            m.setattr(os, "replace", full)
+            sample.main([str(run), "--n", "2", "--device", "cpu", "--out", str(tmp_path / name)])
+        assert snapshot(tmp_path) == before
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device", args[-1])
+
+
+def test_the_noise_of_many_steps_fits_the_memory(train, monkeypatch, tmp_path):
+    """256 images x 1,000 steps of float64 at once."""
+    seen = []
+    _, run = train("ect", "--iters", "1")
+    monkeypatch.setattr(ect, "sample", lambda net, noise, y, args: seen.append(noise.shape) or noise[0].clamp(-1, 1))
+    monkeypatch.setattr(sample.fid, "NOISE", 3000)
+    sample.main([str(run), "--n", "8", "--steps", "20", "--device", "cpu", "--out", str(tmp_path / "x.png")])
+    assert [s[1] for s in seen] == [2, 2, 2, 2]

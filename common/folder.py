@@ -227,8 +227,7 @@ def intact(file, ours=True):
     try:
         with zipfile.ZipFile(file) as z:
             parts = z.infolist()
-            stored = all(i.compress_type == zipfile.ZIP_STORED for i in parts)
-            if not stored or sum(i.file_size for i in parts) > os.path.getsize(file) or z.testzip():
+            if sum(i.file_size for i in parts) > os.path.getsize(file) or z.testzip():
                 return False
             code = b"." if ours else z.read(next(i for i in parts if i.filename.endswith("/data.pkl")))
         return not any(n == 10**6 or type(v) is int and abs(v) > 2**60 for n, (_, v, _) in enumerate(genops(code)))

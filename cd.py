@@ -128,6 +128,7 @@ def sample(net, noise, y, args):
 # ==== 4. Arguments ================================================================================
 @dataclass
 class Args:
+    empty = ("t_mid",)                # neither field nor flag: what a run may be without
     # --- the run (the same in every file)
     dataset: str = "digits"          # digits, mnist, fashion_mnist, cifar10, a folder, .zip or .npz
     data_dir: str = "data"            # where downloads are kept

@@ -3,6 +3,7 @@
 `draw(noise, y)` is the sampler of a method or of the teacher, with the EMA weights: noise [K,b,C,H,W] -> images
 [b,C,H,W] in [-1, 1]. `run` is a run.Run; its methods evaluate and finish call `evaluate` and `table`."""
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from common import fid, folder
@@ -84,6 +86,49 @@ def evaluate(run, it, data, draw, steps, net="ema"):
             note("fid", fid.fid(data, fake[:many], a.data_dir), many, fid.MODE)
 
 
+# ---- what is saved, and what is known of a run ---------------------------------------------------
+def sha256(weights):
+    """Of the names and bytes of a state dict, on whatever device and in whatever memory layout."""
+    total = hashlib.sha256()
+    for name, v in sorted(weights.items()):
+        total.update(name.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def check_state(it, ckpt, world):
+    """FloatingPointError unless all numbers of a checkpoint are finite, RuntimeError unless all ranks have the same."""
+    numbers = [v for v in tree_leaves(ckpt) if torch.is_tensor(v) and v.is_floating_point()]
+    good = all(v.norm().isfinite() for v in numbers)      # also false where weights of 1e38 are left to be multiplied
+    own = good, [sha256(ckpt[k]) for k in ("net", "ema")] if world > 1 else 0
+    seen = [own] * world
+    if world > 1:
+        dist.all_gather_object(seen, own)
+    if not all(good for good, _ in seen):
+        raise FloatingPointError(f"step {it}: the weights or the optimiser are not finite; nothing was saved")
+    if other := [rank for rank, s in enumerate(seen) if s != seen[0]]:
+        raise RuntimeError(f"step {it}: ranks {other} have other weights than rank 0; nothing was saved")
+
+
+def is_diffusion(net, path):
+    """Is this network a denoiser D, not the f of a consistency model? Their weights look the same."""
+    place = path if path.is_dir() else path.parent
+    if (place / "config.json").exists():
+        return config_of(place)["about"]["script"] == "common.teacher" and net.t_min == 0
+    method = path.suffix != ".pkl" and "teacher" in folder.load(path).get("config", {})     # as in every method
+    return net.t_min == 0 and not method
+
+
+def standing(path, cls):
+    """The flags of a run folder as a `cls`, `about` of its config.json, its steps; (None, None, why): it is damaged."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            config = config_of(path)
+            done = folder.load(path).get("it", 0) if any(path.glob("ckpt*")) else 0
+            return cls(**known(cls, config, path)), config["about"], done
+        except BadInput as e:
+            return None, None, e.message.split(";")[0]
+
+
 # ---- eval.jsonl ----------------------------------------------------------------------------------
 def lines(path):
     """The objects of a .jsonl file; a line that a kill has torn is passed over."""
@@ -98,40 +143,35 @@ def figures(run):
     """The lines of eval.jsonl that are figures, as this project writes them."""
     kinds = dict(it=int, metric=str, value=(int, float), n=int, net=str, steps=int, t_mid=(int, float, type(None)))
     found = [s for s in lines(Path(run) / "eval.jsonl") if all(isinstance(s.get(k, s), v) for k, v in kinds.items())]
-    return [s for s in found if math.isfinite(s["value"])]
+    return [s for s in found if abs(s["value"]) < 1e300]
 
 
 def cut_logs(run, it):
     """Take the steps after `it`, which will be made again, and torn lines out of log.jsonl and eval.jsonl."""
     for path in filter(Path.is_file, (run / "log.jsonl", run / "eval.jsonl")):
+        path.with_suffix(".tmp").unlink(missing_ok=True)
         kept = [line for line in lines(path) if isinstance(line.get("it"), int) and line["it"] <= it]
         path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(path.with_suffix(".tmp"), path)
+
+
+def newest(path):
+    """The steps of the teacher in a run folder, and its figures {metric: line} after that many."""
+    it = folder.load(path).get("it", 0)
+    return it, {s["metric"]: s for s in figures(path) if s["net"] == "teacher" and s["it"] == it}
 
 
 def described(path):
     """', 1,600 steps, FD (pixels) 0.130': what is known of the teacher in a run folder; nothing of another path."""
     if not os.path.isdir(path):
         return ""
-    last = {s["metric"]: s["value"] for s in figures(path) if s["net"] == "teacher"}
-    figure = f", FD (pixels) {last['fd_pixels']:.3f}" if "fd_pixels" in last else ""
-    return f", {folder.load(path)['it']:,} steps{figure}"
-
-
-def standing(path, cls):
-    """The flags of a run folder as a `cls`, `about` of its config.json, its steps; (None, None, why): it is damaged."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            config = config_of(path)
-            done = folder.load(path).get("it", 0) if any(path.glob("ckpt*")) else 0
-            return cls(**known(cls, config, path)), config["about"], done
-        except BadInput as e:
-            return None, None, e.message
+    it, last = newest(path)
+    return f", {it:,} steps" + (f", FD (pixels) {last['fd_pixels']['value']:.3f}" if "fd_pixels" in last else "")
 
 
 def adopt(run, teacher):
     """Copy the last metrics and grid of a teacher's folder into this run. False if one that it needs is missing."""
-    last = {s["metric"]: s for s in figures(teacher) if s["net"] == "teacher"}
+    _, last = newest(teacher)
     for line in last.values():
         run.append("eval.jsonl", line | dict(it=0))
         grid = teacher / "samples" / f"{line['it']:07d}_teacher.png"

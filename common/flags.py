@@ -43,10 +43,27 @@ class BadInput(SystemExit):
             tqdm.write(f"error: {plain(message)}", file=sys.stderr)       # not on the line of a progress bar
 
 
+class Unheard:
+    """stdout or stderr, to which nobody has to listen: the Ctrl-C that is for a run also ends the `tee` after it."""
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+
+    def flush(self):
+        self.write("")
+
+
 def say(text):
-    """Print a line on stdout, on the first rank only, without breaking a progress bar. Nobody has to be listening."""
+    """Print a line on stdout, on the first rank only, without breaking a progress bar."""
     if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             tqdm.write(plain(text))
 
 
@@ -102,6 +119,8 @@ def parse(cls, presets, argv=None):
         argv = [] if "ipykernel" in sys.modules else sys.argv[1:]         # a notebook's own flags are not ours
     given = vars(parser(cls).parse_args(argv))
     wants_help = given.pop("help", False)
+    if empty := [k for k, v in given.items() if v == ""]:                 # an unset variable of the shell's
+        raise BadInput(f"--{empty[0].replace('_', '-')} is empty; give it a value, or leave it out")
     if given.get("resume") and not wants_help:
         return resumed(cls, given)
     if wants_help:
@@ -172,20 +191,21 @@ def known(cls, config, folder):
     renamed = getattr(cls, "renamed", {})
     config = ADDED | getattr(cls, "added", {}) | {renamed.get(k, k): v for k, v in config.items()}
     for f in dataclasses.fields(cls):
-        if f.name not in config or not fits(config[f.name], f):
+        if f.name not in config or not fits(config[f.name], f, cls):
             what = f"{f.name} = {str(config[f.name])[:50]!r}" if f.name in config else f"no {f.name}"
             raise BadInput(f"{folder}: its config.json has {printable(what)}, which this script cannot use; restore it")
     return {f.name: config[f.name] for f in dataclasses.fields(cls)}
 
 
-def fits(value, field):
-    """Is this, from a file, a value for a field?"""
+def fits(value, field, cls):
+    """Is this, from a file, a value for a field? The fields in cls.empty may have none."""
     if choices := get_args(field.type):                   # of a Literal
         return value in choices
     if field.type is tuple:
         return isinstance(value, tuple) and all(type(v) is int for v in value)
-    return type(value) is field.type or field.type is float and type(value) is int \
-        or value is None and field.name == "t_mid"        # of a run that is sampled in its own steps alone
+    if value is None:
+        return field.name in getattr(cls, "empty", ())
+    return type(value) in ((int, float) if field.type is float else (field.type,)) and "\0" not in str(value)
 
 
 def comments(cls):

@@ -14,14 +14,15 @@ import dataclasses
 import errno
 import functools
 import glob
-import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 from pickletools import genops
@@ -31,15 +32,24 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from common.flags import DATASETS, LARGEST, ROOT, BadInput, brief, config_of, printable, say, script
+from common.flags import DATASETS, LARGEST, ROOT, BadInput, Unheard, brief, config_of, printable, say, script
 
-HELD = {}                         # {folder: (open file, was the folder made here)}: what this process owns
-END = contextlib.ExitStack()      # what is to be done when main() ends, however it does
+DISK = ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EACCES", "EISDIR", "ENOTDIR", "EEXIST")
+
+
+class Mine(threading.local):
+    """What this thread owns, {folder: (open lock, is it a new run, folders made for it)}; what its main() ends with."""
+    def __init__(self):
+        self.held, self.end = {}, contextlib.ExitStack()
+
+
+MINE = Mine()
 
 
 def numbered(out, stem):
     """The run folders <out>/<stem>-<nnn>, oldest first."""
-    found = [p for p in Path(out).glob(glob.escape(stem) + "-*") if p.name[len(stem) + 1:].isdecimal()]
+    found = map(Path, glob.glob(glob.escape(f"{out}/{stem}-") + "*"))     # which minds no odd name
+    found = [p for p in found if p.name[len(stem) + 1:].isdecimal()]
     return sorted(found, key=lambda p: int(p.name[len(stem) + 1:]))
 
 
@@ -51,33 +61,32 @@ def stem_of(*words):
 
 def create(out, stem):
     """Make a run folder under `out`, and own it; return its path. Raises BadInput where that is not possible."""
-    path, owner = None, "another job, which was faster"
-    try:
-        while owner:
-            with contextlib.suppress(FileExistsError):
-                taken = numbered(out, stem)               # gaps left by deleted runs are not filled
-                number = int(taken[-1].name[len(stem) + 1:]) + 1 if taken else 0
-                path = Path(out) / f"{stem}-{number:03d}"
-                path.mkdir(parents=True)
-                owner = take(path, made=True)
-        (path / "samples").mkdir()
-    except OSError as e:
-        raise BadInput(f"--out {out}: {e.strerror}; name a folder that can be written")
-    return path
+    while True:
+        taken = numbered(out, stem)                       # gaps left by deleted runs are not filled
+        number = int(taken[-1].name[len(stem) + 1:]) + 1 if taken else 0
+        path = Path(out) / f"{stem}-{number:03d}"
+        with contextlib.suppress(FileExistsError):        # another job was faster
+            take(path, new=True)
+            (path / "samples").mkdir()
+            return path
 
 
 # ---- its owner -----------------------------------------------------------------------------------
-def take(path, made=False):
-    """Own a folder until `free`, or until this process ends, in whatever way: the operating system holds the lock.
-    Returns "" if it is ours now, else who owns it. made: by this process."""
+def take(path, new=False):
+    """Own a folder, which is made if missing, until `free`, or until this process ends in whatever way: the operating
+    system holds the lock. Returns "" if it is ours now, else who owns it. new: FileExistsError if it exists."""
     path = Path(path).resolve()
-    if path in HELD:
+    if path in MINE.held:
         return ""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        made = [p for p in (path, *path.parents) if not os.path.exists(p)]
+        path.mkdir(parents=True, exist_ok=not new)
         file = open(path / ".lock", "a+")
     except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}; name a folder that can be written")
+        if new and isinstance(e, FileExistsError):
+            raise
+        raise BadInput(f"--out or --resume, {path}: {e.strerror or 'no place for a lock'}; name a folder that can be "
+                       "written")
     try:
         if os.name == "nt":
             import msvcrt
@@ -90,32 +99,33 @@ def take(path, made=False):
         if e.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
             return (path / ".lock").read_text().strip() or "another process"
         say(f"{path}: this file system knows no locks; start no other job that writes there")
+    if not ours(file, path):                              # its owner has removed it just before
+        return take(path, new)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    HELD[path] = file, made
-    END.callback(free, path)
+    MINE.held[path] = file, new, made
+    MINE.end.callback(free, path)
     return ""
 
 
-def free(path):
-    """The end of `take`. If this process made the folder and leaves neither checkpoint nor log there, it is removed."""
-    path = Path(path).resolve()
-    file, made = HELD.pop(path, (None, False))
-    if file:
-        file.close()
-        if made and not any(path.glob("ckpt*")) and not (path / "log.jsonl").exists():
-            shutil.rmtree(path, ignore_errors=True)
-            prune(path.parent)
-        prune(path)
-
-
-def prune(path):
-    """Remove a folder that holds nothing but a lock, and empty ones around it."""
+def ours(file, path):
+    """Is this still the lock of the folder, which may have been moved, removed or made anew?"""
     with contextlib.suppress(OSError):
-        if set(os.listdir(path)) <= {".lock"}:
-            (path / ".lock").unlink(missing_ok=True)
-            os.removedirs(path)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock"))
+
+
+def free(path):
+    """The end of `take`. What it made is removed: a new run without checkpoint and log, any folder if it is empty."""
+    path = Path(path).resolve()
+    file, new, made = MINE.held.pop(path, (None, False, []))
+    if file:
+        with file, contextlib.suppress(OSError):
+            kept = [n for n in os.listdir(path) if (n.startswith(("ckpt", "log.")) if new else n != ".lock")]
+            if made and not kept and ours(file, path):
+                shutil.rmtree(path)
+                for p in made[1:]:                        # up to one that is not empty
+                    p.rmdir()
 
 
 def agree(call):
@@ -131,22 +141,26 @@ def guarded(main):
     numbers that are not finite. However it ends, nothing stays locked, and no run folder without content is left."""
     @functools.wraps(main)
     def inner(args=None):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # so that `finally` comes to pass
+            MINE.end.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
         try:
-            return main(args)
+            with contextlib.redirect_stdout(Unheard(sys.stdout)), contextlib.redirect_stderr(Unheard(sys.stderr)):
+                return main(args)
         except KeyboardInterrupt:
             raise SystemExit(130)
         except FloatingPointError as e:
             line, status = e, 1
         except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            if e.errno not in (getattr(errno, name) for name in DISK):
                 raise
-            line, status = f"{e.strerror}: {e.filename or 'the disk'}; what was saved before is whole", 2
+            line, status = f"{e.strerror}: {e.filename or 'the disk'}; an earlier checkpoint, if any, is whole", 2
         except (MemoryError, RuntimeError) as e:          # the latter, of cuBLAS or on the CPU, has no kind of its own
             if not isinstance(e, MemoryError) and not re.search("allocate|ALLOC_FAILED", str(e)):
                 raise
             line, status = f"{brief(e)[:100]}; {relief(args)}", 2
         finally:
-            END.close()
+            MINE.end.close()
         tqdm.write(f"error: {printable(line)}", file=sys.stderr)          # on each rank, of what it saw
         raise SystemExit(status)
     return inner
@@ -166,11 +180,12 @@ def check_room(path, state):
     numbers = [v.numel() for m in state.values() if isinstance(m, torch.nn.Module) for v in m.state_dict().values()]
     numbers += [2 * p.numel() for o in state.values() for g in getattr(o, "param_groups", ()) for p in g["params"]]
     path = Path(path).resolve()
-    need = 3 * 4 * sum(numbers) - sum(map(os.path.getsize, glob.glob(f"{glob.escape(str(path))}/ckpt*.pt")))
+    there = path / "ckpt.pt", path / "ckpt.prev.pt"
+    need = 3 * 4 * sum(numbers) - sum(os.path.getsize(f) for f in there if os.path.isfile(f))
     room = shutil.disk_usage(next(p for p in (path, *path.parents) if os.path.exists(p))).free
     if room < need:
-        raise BadInput(f"{path}: {room / 1e9:.1f} GB are free there, and three checkpoints of this run take "
-                       f"{need / 1e9:.1f}; name another --out")
+        raise BadInput(f"{path}: {room / 1e6:,.0f} MB are free there, and three checkpoints of this run take "
+                       f"{need / 1e6:,.0f}; name another --out")
 
 
 # ---- config.json ---------------------------------------------------------------------------------
@@ -198,7 +213,9 @@ def write_config(folder, args, asked, file, data, **about):
 # ---- checkpoints ---------------------------------------------------------------------------------
 def save(folder, ckpt, keep):
     """Write ckpt.pt so that a kill at any moment leaves a loadable run; the one before it becomes ckpt.prev.pt."""
-    tmp = folder / "ckpt.tmp"
+    tmp, (file, *_) = folder / "ckpt.tmp", MINE.held.get(folder.resolve(), [None])
+    if file and not ours(file, folder):
+        raise BadInput(f"{folder} was moved or replaced while this run wrote there; nothing is written into another's")
     try:
         with open(tmp, "wb") as f:
             torch.save(ckpt, f)
@@ -273,28 +290,6 @@ def restore(folder, state, data, shard, keep):
     except Exception as e:                                # KeyError, TypeError, whatever torch raises
         raise BadInput(f"{folder}: its checkpoint does not fit this run ({brief(e)}); start a new run")
     return ckpt["it"]
-
-
-def sha256(weights):
-    """Of the names and bytes of a state dict, on whatever device and in whatever memory layout."""
-    total = hashlib.sha256()
-    for name, v in sorted(weights.items()):
-        total.update(name.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def check_state(it, ckpt, world):
-    """FloatingPointError unless all numbers of a checkpoint are finite, RuntimeError unless all ranks have the same."""
-    numbers = [v for v in tree_leaves(ckpt) if torch.is_tensor(v) and v.is_floating_point()]
-    good = all(v.norm().isfinite() for v in numbers)      # also false where weights of 1e38 are left to be multiplied
-    own = good, [sha256(ckpt[k]) for k in ("net", "ema")] if world > 1 else 0
-    seen = [own] * world
-    if world > 1:
-        dist.all_gather_object(seen, own)
-    if not all(good for good, _ in seen):
-        raise FloatingPointError(f"step {it}: the weights or the optimiser are not finite; nothing was saved")
-    if other := [rank for rank, s in enumerate(seen) if s != seen[0]]:
-        raise RuntimeError(f"step {it}: ranks {other} have other weights than rank 0; nothing was saved")
 
 
 def full(tree):

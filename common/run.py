@@ -127,7 +127,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats(self.device)
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         self.before = {s: signal.signal(s, self.on_signal) for s in signals}      # only the main thread may do that
-        folder.END.callback(self.close)
+        folder.MINE.end.callback(self.close)
         n, *size = data.images.shape
         count, left = sum(p.numel() for p in state["net"].parameters()), max(a.iters - it, 0)
         say(f"{self.dir}\n"
@@ -256,7 +256,7 @@ class Run:
         if self.skips == self.args.iters - self.start_it > 0:
             raise FloatingPointError(f"step {it}: no step was finite; nothing was saved")
         ckpt = {k: folder.full(dict(v.state_dict())) for k, v in state.items()}
-        folder.check_state(it, ckpt, self.world)
+        evaluate.check_state(it, ckpt, self.world)
         if self.rank == 0:
             ckpt |= dict(it=it, config=dataclasses.asdict(self.args), model=state["net"].spec)
             folder.save(self.dir, ckpt, self.args.keep)

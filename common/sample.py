@@ -22,7 +22,7 @@ from common import edit, fid, folder, teacher
 from common.data import load
 from common.evaluate import FD_IMAGES, chosen, picture
 from common.fid import fd_pixels, noise_of, quantise
-from common.flags import ROOT, BadInput, Parser, check_bounds, config_of, device_of, integers, known, script
+from common.flags import LARGEST, ROOT, BadInput, Parser, check_bounds, config_of, device_of, integers, known, script
 
 EDITS = ("inpaint", "colorize", "superres", "stroke", "denoise")                 # of images; interpolate has none
 FOR = dict(images=EDITS, mask=("inpaint",), patch=("superres",), sigma=("stroke", "denoise"))
@@ -66,8 +66,8 @@ def check(a):
     for flag, edits in FOR.items():
         if given(flag) and a.edit not in edits:
             raise BadInput(f"--{flag} is for --edit {' | '.join(edits)} alone; leave it out")
-    if min(n for n in (a.steps, a.n, a.batch) if n is not None) < 1:
-        raise BadInput("--steps, --n and --batch must be at least 1")
+    if not all(1 <= n <= LARGEST for n in (a.steps, a.n, a.batch) if n is not None):
+        raise BadInput(f"--steps, --n and --batch must be 1 .. {LARGEST:,}")
     if a.find_ts and (given("t_mid", "ts", "edit", "out") or a.steps not in (None, 2)):
         raise BadInput("--find-ts prints the best second level of two; leave out --steps, --t-mid, --ts, --edit, --out")
     if a.fid and not a.find_ts:

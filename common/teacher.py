@@ -190,6 +190,7 @@ def main(args):
 SAME = ("dataset", "data_dir", "out", "device", "seed", "cond", "size", "flow", "net", "ch", "mult", "blocks", "attn",
         "accum", "bf16", "tf32", "compile", "shard", "grid", "fid", "sd")   # flags that a method hands to its teacher
 MATCH = ("cond", "flow", "net", "ch", "mult", "blocks", "attn", "sd")  # what a teacher found under --out must share
+RECIPE = ("lr", "ema", "dropout", "flip", "augment", "label_dropout", "P_mean", "P_std")      # what it had better share
 SECONDS = 5.0                                             # between two looks at a folder that another job has
 Found = namedtuple("Found", "folder diffuses")            # a run folder or None; is it a denoiser, or an f(x, t)?
 
@@ -200,30 +201,31 @@ def get(args, data, run, needed=False):
     `--teacher none`, and for a resumed run that does not need it. Raises BadInput."""
     if args.teacher == "none" and needed:
         raise BadInput("--teacher none: there is nothing to distil; name a teacher, or leave the flag out")
-    if args.resume and not needed and typed(run.asked, "teacher"):
-        raise BadInput("--teacher defines where a run of this method starts, and is not used again; leave it out")
+    if args.resume and typed(run.asked, "teacher") and (not needed or args.teacher in ("auto", "train")):
+        raise BadInput("--teacher can only tell --resume where the teacher is that the run still needs; leave it out")
     if args.teacher == "none" or args.resume and not needed:
         return None, None, {}
     if args.resume and folder.load(args.resume).get("it", 0) >= args.iters:
         return load(args.resume, run.device), None, {}    # any network of this shape: no step is left that would use it
     path = locate(args, data, run)
     net = load(path, run.device)
-    sha256 = run.about["teacher_sha256"] = folder.sha256(net.state_dict())
+    sha256 = run.about["teacher_sha256"] = evaluate.sha256(net.state_dict())
     if args.resume and sha256 != config_of(args.resume)["about"].get("teacher_sha256", sha256):   # new in config.json
         raise BadInput(f"the teacher {path} is not the one that this run began with, or was trained further; "
                        "say with --teacher where that is")
     its, mine = net.model.kwargs, (args.sd, *data.images.shape[1:3], data.classes if args.cond else 0)
     theirs = (net.sd, its["channels"], its["size"], its["classes"])
     if mine != theirs:
-        raise BadInput(f"the teacher {path} has (sd, channels, size, classes) = {theirs}, this run {mine}; "
-                       "name another --teacher or train one")
+        raise BadInput(f"the teacher {path} has (sd, channels, size, classes) = {theirs}, not {mine}; name another one")
     raw = getattr(net, "raw", "edm")                      # the flow that its raw network was made for
     if not hasattr(args, "flow") and net.spec["flow"] != "edm":
-        raise BadInput(f"the teacher {path} is a TrigFlow model, from which only a method with --flow can start; "
-                       "name another --teacher or train one")
-    found = Found(Path(path) if Path(path).is_dir() else None, is_diffusion(net, Path(path)))
+        raise BadInput(f"the teacher {path} is a TrigFlow model, where only methods with --flow start; name another")
+    found = Found(Path(path) if Path(path).is_dir() else None, evaluate.is_diffusion(net, Path(path)))
     if needed and not found.diffuses:
         raise BadInput(f"the teacher {path} is a consistency model, which has no ODE to follow; name a diffusion model")
+    old, _, done = evaluate.standing(found.folder, Args) if found.folder else (None, None, 0)
+    if needed and old and done < old.iters:               # --resume would look for it as it is now
+        raise BadInput(f"the teacher {path} has {done:,} of its {old.iters:,} steps; finish it, or copy its ckpt.pt")
     say(f"teacher: {path}{evaluate.described(path)}")
     changes = {k: its[k] for k in ("net", "ch", "mult", "blocks", "attn")}
     changes |= dict(teacher=str(Path(path).resolve()))    # a resumed run may start from another folder
@@ -244,11 +246,10 @@ def locate(args, data, run):
 
 
 def wait_for(path):
-    """Own a folder as soon as nobody else does. The ranks ask together, again and again: in a collective they would
-    wait until it gives up."""
-    said = False
-    while owner := folder.agree(lambda: folder.take(path)):
-        said = said or say(f"{path} is in use by {owner}; waiting for it") or True
+    """Own a folder as soon as nobody else does. The ranks ask together, again and again: a collective gives up."""
+    if owner := folder.agree(lambda: folder.take(path)):
+        say(f"{path} is in use by {owner}; waiting for it")
+    while folder.agree(lambda: folder.take(path)):
         time.sleep(SECONDS)
 
 
@@ -266,27 +267,33 @@ def adopt(args, data, run):
     """The newest teacher under --out that matches what this command would train, with at least as many steps, or None.
     The training of one that was stopped is continued; one that was finished with fewer steps is left as it is."""
     want = wish(args, run)
-    for path in folder.agree(lambda: folder.numbered(args.out, folder.stem_of("teacher", data.name))[::-1]):
+    stem = folder.stem_of("teacher", data.name)
+    for path in folder.agree(lambda: [p for p in folder.numbered(args.out, stem)[::-1] if p.is_dir()]):
         old, about, done = folder.agree(lambda: evaluate.standing(path, Args))   # which may change meanwhile
-        if not old:
-            say(f"{path} is passed over: {done}")
+        match = MATCH + (("batch",) if typed(run.asked, "batch") else ())
+        if old and (about["data_sha256"] != data.sha256 or any(getattr(old, k) != getattr(want, k) for k in match)):
             continue
-        same = all(getattr(old, k) == getattr(args, k, "edm") for k in MATCH)     # who has no `flow` means EDM's
-        if about["data_sha256"] != data.sha256 or not same or typed(run.asked, "batch") and old.batch != want.batch:
-            continue
-        if old.iters <= done < want.iters:
-            say(f"the teacher {path} was finished after {done:,} steps, fewer than {want.iters:,}; it is not used")
-            continue
-        if done < old.iters:
-            if folder.agree(lambda: folder.take(path)):   # another job trains it
-                folder.free(args.out)
+        unfinished = not old or done < old.iters
+        if unfinished and folder.agree(lambda: folder.take(path)):        # another job is at it
+            folder.free(args.out)
+            if old:
                 wait_for(path)
                 folder.free(path)
-                wait_for(args.out)
-                return adopt(args, data, run)
-            if not done:                                  # killed before its first save
-                folder.free(path)
-                continue
+            else:                                         # it has just begun, or writes its first checkpoint
+                time.sleep(SECONDS)
+            wait_for(args.out)
+            return adopt(args, data, run)
+        why = f"damaged ({done})" if not old else "left before its first checkpoint" if not done else \
+            f"finished after {done:,} steps, fewer than {want.iters:,}" if old.iters <= done < want.iters else \
+            "of a --batch that these ranks do not divide" if unfinished and old.batch % (run.world * old.accum) else ""
+        if why:
+            folder.free(path)
+            say(f"the teacher {path} is {why}; it is not used")
+            continue
+        odd = {k: getattr(old, k) for k in RECIPE if getattr(old, k) != getattr(want, k)}
+        if odd:
+            say(f"the teacher {path} was trained otherwise than by this command: {odd}")
+        if unfinished:
             folder.free(args.out)
             say(f"the teacher {path} was stopped after {done:,} steps; its training goes on")
             where = [w for k in ("device", "data_dir", "dataset") for w in (f"--{k}", getattr(args, k))]
@@ -294,20 +301,14 @@ def adopt(args, data, run):
         return str(path)
 
 
-def is_diffusion(net, path):
-    """Is this network a denoiser D, not the f of a consistency model? Their weights look the same."""
-    place = path if path.is_dir() else path.parent
-    script = config_of(place)["about"]["script"] if (place / "config.json").exists() else "common.teacher"
-    return script == "common.teacher" and net.t_min == 0
-
-
 def show(teacher, found, run, data):
     """Put the teacher's figures and grid beside the run's own: those of its folder, or measured now."""
     if teacher is None or run.args.resume or not found.diffuses:
         return
-    if found.folder and evaluate.adopt(run, found.folder):
+    its, about, _ = evaluate.standing(found.folder, Args) if found.folder else (None, None, 0)
+    if about and about["data_sha256"] == data.sha256 and evaluate.adopt(run, found.folder):
         return
-    its = found.folder and evaluate.standing(found.folder, Args)[0] or Args()
+    its = its or Args()
 
     def draw(noise, y):
         return sample(teacher, noise, y, its)

@@ -108,7 +108,7 @@ def test_two_jobs_that_list_a_folder_at_once_get_two_numbers(tmp_path, monkeypat
     first = folder.create(tmp_path, "ect-digits")
     monkeypatch.setattr(folder, "numbered", lambda *a, real=folder.numbered: listed.pop() if listed else real(*a))
     assert (first.name, folder.create(tmp_path, "ect-digits").name) == ("ect-digits-000", "ect-digits-001")
-    folder.END.close()
+    folder.MINE.end.close()
 
 
 def test_jobs_that_start_together_train_one_teacher(train, job, tmp_path):
@@ -182,7 +182,7 @@ def test_a_damaged_teacher_folder_does_not_stand_in_the_way(train, tmp_path, cap
     capsys.readouterr()
     _, run = train("ect", *AUTO)
     out, err = capsys.readouterr()
-    assert config(run)["teacher"].endswith("teacher-digits-000") and out.count("is passed over") == 7
+    assert config(run)["teacher"].endswith("teacher-digits-000") and out.count("is damaged (") == 6
     assert "error" not in err
 
 
@@ -239,7 +239,7 @@ def test_a_finished_run_is_sampled_without_its_data(train, tmp_path):
 def test_a_method_that_needs_its_teacher_once_refuses_another(train, refused):
     """A flag that is read by nobody, and looks as if it had an effect."""
     _, run = train("ect", "--iters", "2")
-    assert "not used again" in refused(train, "ect", "--resume", str(run), "--iters", "4", "--teacher", "train")
+    assert "can only tell" in refused(train, "ect", "--resume", str(run), "--iters", "4", "--teacher", "train")
 
 
 # ---- what a folder holds -------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_a_run_that_ends_at_once_leaves_no_folder(what, code, words, train, monk
         train("ect")
     err = [line for line in capsys.readouterr().err.split("\n") if "error: " in line]
     assert e.value.code == code and len(err) == 1 and words in err[0]
-    assert snapshot(tmp_path) == {} and not folder.HELD
+    assert snapshot(tmp_path) == {} and not folder.MINE.held
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
@@ -520,3 +520,134 @@ def test_nobody_has_to_listen(tmp_path):
     p.stdout.close()
     p.communicate()
     assert (tmp_path / "ect-digits-000/ckpt.pt").exists()
+
+
+# ---- what a hostile reader found -----------------------------------------------------------------
+def test_a_refusal_removes_no_folder_that_was_there(shell, tmp_path):
+    """The empty folder in which the user stands, and those above it."""
+    (tmp_path / "project/empty/out").mkdir(parents=True)
+    data = data_set(tmp_path / "mine.npz")
+    for out in ("out", "new/runs"):
+        words = ["--device", "cpu", "--dataset", data, "--preset", "fast", "--ch", "16", "--blocks", "1", "--out", out]
+        p = subprocess.run([sys.executable, str(Path(ect.__file__)), *words], cwd=tmp_path / "project/empty",
+                           capture_output=True, text=True)
+        assert p.returncode == 2 and "no released teacher" in p.stderr
+        assert [p.name for p in (tmp_path / "project/empty").iterdir()] == ["out"]
+
+
+def test_a_run_in_another_thread_is_not_the_owner(train, refused, tmp_path):
+    """A refused run that removes the one of another thread, or goes on with it."""
+    _, run = train("ect", "--iters", "2")
+    held, go, end = [], threading.Event(), threading.Event()
+
+    def other():
+        held.append(folder.take(run))
+        go.set()
+        end.wait()
+        folder.free(run)
+    thread = threading.Thread(target=other)
+    thread.start()
+    go.wait()
+    assert held == [""] and f"process {os.getpid()}" in refused(train, "ect", "--resume", str(run), "--iters", "4")
+    end.set()
+    thread.join()
+    train("ect", "--resume", str(run), "--iters", "4")
+
+
+def test_a_lock_that_was_made_anew_is_no_lock(tmp_path, job):
+    """A file unlinked while another job holds it: two owners."""
+    assert folder.take(tmp_path / "new") == ""
+    file = folder.MINE.held[tmp_path / "new"][0]
+    assert folder.ours(file, tmp_path / "new")
+    shutil.rmtree(tmp_path / "new")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/.lock").write_text("")
+    assert not folder.ours(file, tmp_path / "new")
+    folder.free(tmp_path / "new")
+    assert (tmp_path / "new/.lock").exists(), "that of another job"
+
+
+def test_a_run_whose_folder_was_moved_writes_into_no_other(train, monkeypatch, tmp_path, refused):
+    """Its checkpoint lands in the run that took the name."""
+    run = tmp_path / "runs/ect-digits-000"
+
+    def move(net, x0, y, it, *a, real=ect.loss_fn):
+        if it == 3:
+            run.rename(tmp_path / "moved")
+            folder_of_another = run
+            folder_of_another.mkdir()
+            (run / ".lock").write_text("")
+        return real(net, x0, y, it, *a)
+    monkeypatch.setattr(ect, "loss_fn", move)
+    assert "was moved" in refused(train, "ect", "--log-every", "100", "--iters", "6")
+    assert {p.name for p in run.iterdir()} == {".lock"} and ckpt(tmp_path / "moved")["it"] == 2
+
+
+def test_a_teacher_in_its_first_save_is_not_damaged(train, job, monkeypatch, tmp_path, capsys):
+    """Half a ckpt.tmp beside a lock: a second teacher."""
+    teacher = tmp_path / "runs/teacher-digits-000"
+
+    def slow(obj, f, real=torch.save):
+        f.write(b"half")
+        f.flush()
+        time.sleep(2)
+        f.seek(0)
+        real(obj, f)
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", slow)
+        first = job(train, "common.teacher", "--save-every", "4")
+    until((teacher / "ckpt.tmp").exists)
+    _, run = train("ect", *AUTO)
+    assert ended(first) == 0 and config(run)["teacher"] == str(teacher) and not (teacher.parent / "teacher-digits-001").exists()
+
+
+def test_figures_are_of_this_teacher_and_this_data(train, tmp_path):
+    """One measured at another step, or against other images, beside those of the student."""
+    _, teacher = train("common.teacher", "--steps", "2")
+    old = lines(teacher / "eval.jsonl")
+    (teacher / "eval.jsonl").write_text("".join(json.dumps(r | dict(it=2, value=7.0)) + "\n" for r in old))
+    metrics, _ = train("ect", "--teacher", str(teacher), "--iters", "1")
+    assert metrics["fd_pixels_teacher"] == pytest.approx(old[-1]["value"], abs=1e-3), "measured, as it is now"
+    (teacher / "eval.jsonl").write_text("".join(json.dumps(r | dict(value=7.0)) + "\n" for r in old))
+    assert train("ect", "--teacher", str(teacher), "--iters", "1")[0]["fd_pixels_teacher"] == 7
+    other = data_set(tmp_path / "other.npz", n=40)
+    how = ["--dataset", other, "--preset", "small", "--mult", "1,2", "--sd", "0.75"]
+    assert train("ect", "--teacher", str(teacher), "--iters", "1", *how)[0]["fd_pixels_teacher"] != 7
+
+
+def test_what_is_distilled_is_a_finished_denoiser(train, refused, tmp_path):
+    """A consistency model whose file was copied out of its folder; a teacher that will not be the same tomorrow."""
+    _, run = train("ect", "--iters", "1")
+    shutil.copy(run / "ckpt.pt", tmp_path / "best.pt")
+    assert "consistency model" in refused(train, "cd", "--teacher", str(tmp_path / "best.pt"))
+    _, teacher = train("common.teacher", "--keep", "--steps", "2")
+    half = back_to(teacher, 2, tmp_path / "half")
+    assert "2 of its 4 steps" in refused(train, "cd", "--teacher", str(half))
+    train("cd", "--teacher", str(half / "ckpt.pt"), "--iters", "1")
+
+
+def test_empty_values_are_an_unset_variable(refused, train):
+    """`--resume "$RUN"` starts a new run."""
+    for flag in ("--resume", "--out", "--teacher", "--dataset", "--data-dir"):
+        assert f"{flag} is empty" in refused(train, "ect", flag, "")
+
+
+def test_sigterm_before_the_first_step_leaves_nothing(train, monkeypatch, tmp_path):
+    """The default action takes the process away, and leaves an empty run folder."""
+    def term(*a, **how):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    monkeypatch.setattr(folder, "write_config", term)
+    with pytest.raises(SystemExit) as e:
+        train("ect")
+    assert e.value.code == 143 and snapshot(tmp_path) == {} and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_ctrl_c_that_also_ends_tee_saves(tmp_path):
+    """The next update of the bar finds nobody who reads, and the run ends there, unsaved."""
+    words = [sys.executable, "ect.py", *TINY, "--iters", "10000", "--save-every", "10000", "--teacher", "none", "--out", tmp_path]
+    p = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=Path(ect.__file__).parent)
+    until((tmp_path / "ect-digits-000/log.jsonl").exists)
+    p.stdout.close()
+    p.send_signal(signal.SIGINT)
+    assert p.wait() in (130, 120) and ckpt(tmp_path / "ect-digits-000")["it"] > 0

@@ -310,7 +310,7 @@ def test_a_resume_that_contradicts_the_run_is_refused(refuses, train):
     _, run = train("ect", "--iters", "1")
     for argv in ("--lr 1", "--cond", "--q 3"):
         assert f"{argv.split()[0]} defines the run" in refuses("--resume", run, *argv.split())
-    assert "--teacher defines where" in refuses("--resume", run, "--teacher", "auto")
+    assert "--teacher can only tell" in refuses("--resume", run, "--teacher", "auto")
     other = data_set(run.parent / "digits.npz")
     assert "does not hold the images" in refuses("--resume", run, "--dataset", other, "--iters", "2")
     assert "no run folder" in refuses("--resume", run.parent)
@@ -416,7 +416,7 @@ def test_folders_are_numbered_after_the_last(tmp_path):
     (tmp_path / "ect-digits-\u00b2").mkdir()              # a digit to str.isdigit, and nothing to int
     assert folder.create(tmp_path, "ect-digits").name == "ect-digits-011"
     assert folder.create(tmp_path, "ect-digits-large").name == "ect-digits-large-010"
-    folder.END.close()
+    folder.MINE.end.close()
 
 
 def test_log_holds_the_averages_of_the_interval(train, wrap_loss):
@@ -606,7 +606,7 @@ def test_a_teacher_of_a_trial_is_not_taken_for_the_real_one(train, tmp_path, cap
     _, run = train("ect", *auto, "2")
     real, out = Path(config(run)["teacher"]), capsys.readouterr().out
     assert real.name == "teacher-digits-001" and snapshot(trial) == before and ckpt(real)["it"] == 2
-    assert "was finished after 1 steps, fewer than 2; it is not used" in out
+    assert "is finished after 1 steps, fewer than 2; it is not used" in out
     (figure,) = [r["value"] for r in lines(real / "eval.jsonl")]
     assert f"teacher: {real}, 2 steps, FD (pixels) {figure:.3f}\n" in out
     _, run = train("ect", *auto, "1")

@@ -61,9 +61,10 @@ def stem_of(*words):
 
 def create(out, stem):
     """Make a run folder under `out`, and own it; return its path. Raises BadInput where that is not possible."""
+    number = -1
     while True:
         taken = numbered(out, stem)                       # gaps left by deleted runs are not filled
-        number = int(taken[-1].name[len(stem) + 1:]) + 1 if taken else 0
+        number = max(number, int(taken[-1].name[len(stem) + 1:]) if taken else -1) + 1
         path = Path(out) / f"{stem}-{number:03d}"
         with contextlib.suppress(FileExistsError):        # another job was faster
             take(path, new=True)
@@ -152,7 +153,7 @@ def guarded(main):
         except FloatingPointError as e:
             line, status = e, 1
         except OSError as e:
-            if e.errno not in (getattr(errno, name) for name in DISK):
+            if e.errno not in [getattr(errno, name, None) for name in DISK]:
                 raise
             line, status = f"{e.strerror}: {e.filename or 'the disk'}; an earlier checkpoint, if any, is whole", 2
         except (MemoryError, RuntimeError) as e:          # the latter, of cuBLAS or on the CPU, has no kind of its own

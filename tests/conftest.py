@@ -33,9 +33,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def few_real_images(monkeypatch):
-    """Figures of runs in the tests come from 64 images: they are about the machinery, not about quality."""
+    """Figures of runs in the tests come from 16 images: they are about the machinery, not about quality."""
     from common import evaluate
-    monkeypatch.setattr(evaluate, "FD_IMAGES", 64)
+    monkeypatch.setattr(evaluate, "FD_IMAGES", 16)
 
 
 class Net(torch.nn.Module):

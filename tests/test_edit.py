@@ -311,7 +311,7 @@ def test_find_ts_agrees_with_the_runs_own_figure(train, monkeypatch):
     """Another subset of real images, or other noise, than the figures of training."""
     metrics, run = train("ect", "--iters", "1", "--mult", "1")
     monkeypatch.setattr(edit, "search", lambda score, lo, hi: score(1.2))
-    assert sample.main([str(run), "--find-ts", "--n", "64"]) == pytest.approx(metrics["fd_pixels_2step"], abs=2e-4)
+    assert sample.main([str(run), "--find-ts", "--n", "16"]) == pytest.approx(metrics["fd_pixels_2step"], abs=2e-4)
 
 
 def test_inpainting_a_file(grey, draw, tmp_path):

@@ -249,9 +249,9 @@ def test_a_run_measures_fid(net, train, few, capsys):
     f = lambda it: [("ema", it, 1, 20, "legacy_tensorflow", None), ("ema", it, 2, 20, "legacy_tensorflow", 2.0)]
     assert seen == [("teacher", 0, 9, 20, "legacy_tensorflow", None), *f(3), *f(4)]
     assert metrics.keys() >= {"fid_teacher", "fid_1step", "fid_2step", "fd_pixels_teacher"}
-    assert {s["n"] for s in lines(run / "eval.jsonl") if s["metric"] == "fd_pixels"} == {40}
+    assert {s["n"] for s in lines(run / "eval.jsonl") if s["metric"] == "fd_pixels"} == {16}
     out = capsys.readouterr().out
-    assert "FID (legacy_tensorflow) of 20 images" in out and "FD (pixels) of 40 images" in out
+    assert "FID (legacy_tensorflow) of 20 images" in out and "FD (pixels) of 16 images" in out
     assert f"{metrics['fid_2step']:.3f}" in out
 
     theirs = [s["n"] for s in lines(run.parent / "teacher-few-000/eval.jsonl") if s["metric"] == "fid"]

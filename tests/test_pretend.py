@@ -1,5 +1,6 @@
 """The CUDA path without CUDA: every docstring says which mistake the test catches."""
 import importlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -42,11 +43,14 @@ def go(gpu, tmp_path, monkeypatch):
 FEATURES = ["--cond", "--accum", "2", "--flip", "--dropout", "0.1"]
 
 
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("script, flags", [
     ("ect", ["--bf16", *FEATURES]), ("ct", ["--bf16", *FEATURES]), ("ict", ["--fp16", *FEATURES]), ("ict", ["--net", "ncsnpp"]),
-    ("cd", FEATURES), ("cd", ["--cond", "--guidance", "0.5", "--boundaries", "2"]),
-    ("scm", ["--bf16", *FEATURES]), ("scm", ["--mode", "scd", "--cond"]), ("scm", ["--jvp", "fd"]),
-    ("rcm", ["--N-max", "3", "--H", "1", *FEATURES]), ("rcm", ["--rollout", "fixed", "--N-max", "3", "--H", "0"]),
+    ("cd", FEATURES), SLOW("cd", ["--cond", "--guidance", "0.5", "--boundaries", "2"]),
+    ("scm", ["--bf16", *FEATURES]), SLOW("scm", ["--mode", "scd", "--cond"]), ("scm", ["--jvp", "fd"]),
+    ("rcm", ["--N-max", "3", "--H", "1", *FEATURES]), SLOW("rcm", ["--rollout", "fixed", "--N-max", "3", "--H", "0"]),
     ("common.teacher", ["--bf16", "--augment", "0.5", *FEATURES]), ("common.teacher", ["--flow", "trig", "--net", "dit"])])
 def test_a_step_waits_once(script, flags, go):
     """A tensor made on the CPU, a generator of the CPU, or a second value read in a step: a crash on a GPU, or a GPU

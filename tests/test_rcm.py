@@ -427,7 +427,7 @@ def test_two_networks_take_turns(quick):
     assert equal(saved[0]["ema"], saved[0]["net"])        # a power function starts with a copy
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stop", [2, 5, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 3, 4))])
 def test_resume_is_exact_at_any_turn(stop, quick, tmp_path):
     """Two networks, two optimisers, the average: all are kept, whichever has the next step."""
     _, whole = quick("--H", "2", "--student-every", "2", "--iters", "6", "--save-every", "1", "--keep", "--dropout", "0.2", "--lr", "1e-3")

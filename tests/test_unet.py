@@ -257,7 +257,7 @@ def test_bfloat16_and_channels_last_change_little(family):
     assert half.dtype == torch.bfloat16 and (half - a).norm() < 0.05 * a.norm()
 
 @pytest.mark.parametrize("net", ["ddpmpp", "ncsnpp", "adm", "dit"])
-@pytest.mark.parametrize("small", [1.0, 0.01])
+@pytest.mark.parametrize("small", [pytest.param(1.0, marks=pytest.mark.slow), 0.01])
 def test_float16_keeps_gradients_and_float32_weights(net, small):
     """A cast past `cast`: the gradient of a layer is 16 times too large or too small. With `small`: gradients that
     float16 cannot hold vanish, where they are not kept larger."""

@@ -83,7 +83,7 @@ def load(name, data_dir="data", size=0, device="cpu"):
     if name == "digits":
         path = Path(__file__).with_name("digits.npz")
     if base in DATASETS and base != "digits":
-        if size not in (None, 0, 32):                                     # before the download
+        if size not in (None, 0, 32):                                 # before the download
             raise BadInput(f"{name} has images of 32 pixels a side; leave --size out")
         images, labels = assets.dataset(base, data_dir, "train" if name == base else "test")
         edge = (32 - images.shape[1]) // 2                            # black, for MNIST's 28 pixels

@@ -256,6 +256,7 @@ def intact(file, ours=True):
 def load(path):
     """The newest readable checkpoint of a run folder, or a checkpoint file, on the CPU; BadInput if there is none."""
     path, why = Path(path), "there is none"
+    # ckpt.tmp is the newest where a kill came between the two renames; otherwise it is not intact
     files = [path / f"ckpt.{ending}" for ending in ("pt", "tmp", "prev.pt")] if os.path.isdir(path) else [path]
     for f in (files := [f for f in files if os.path.isfile(f)]):
         try:

@@ -262,9 +262,9 @@ class Run:
             folder.save(self.dir, ckpt, self.args.keep)
         self.spent["saves"] += clock() - start
         if self.stopping or self.signum:                  # the latter came while saving
-            start = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" if self.world > 1 else "python"
+            launch = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" if self.world > 1 else "python"
             say(f"stopped by a signal after step {it}, saved; go on with: "
-                f"{start} -m {script(self.file)} --resume {shlex.quote(str(self.dir))}")
+                f"{launch} -m {script(self.file)} --resume {shlex.quote(str(self.dir))}")
         self.obey()
 
     def evaluate(self, it, data, draw, steps, **how):

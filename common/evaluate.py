@@ -19,9 +19,14 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from common import fid, folder
-from common.flags import BadInput, config_of, known, say
+from common.fid import chosen
+from common.flags import MAY_CHANGE, ROOT, BadInput, config_of, known, say
 
 FD_IMAGES = 2048                  # images, real and generated, of fd_pixels; fewer if the data set has fewer
+REFERENCE = ROOT / "common/reference.json"                # loss and figures of runs of the presets, by tests.bench.reference
+TITLES = {("fd_pixels", "8x8"): "FD (pixels)", ("fid", fid.MODE): f"FID ({fid.MODE})"}
+# What a run's figures do not depend on, but for chance
+FREE = MAY_CHANGE - {"iters", "t_mid"} | {"about", "seed", "preset", "accum", "compile", "tf32"}
 
 
 def picture(images, cols=0):
@@ -33,11 +38,6 @@ def picture(images, cols=0):
     sheet[:n, :, :h, :w] = images.cpu()
     sheet = sheet.view(rows, cols, 3, h + 1, w + 1).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)[:-1, :-1]
     return Image.fromarray(sheet.numpy().repeat(zoom, 0).repeat(zoom, 1))
-
-
-def chosen(data, n):
-    """The indices of the real images, at most n, with which fd_pixels compares: the same in every run."""
-    return torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:n]
 
 
 def generate(run, data, n, k, draw, labels=None):
@@ -66,6 +66,7 @@ def evaluate(run, it, data, draw, steps, net="ema"):
     many, order = a.fid if run.fid_due(it) else 0, chosen(data, len(data.images))
     n = min(len(order), FD_IMAGES)
     real = data.images[order[:n].to(run.device)]
+    others = fid.neighbours(data, many, a.data_dir) if many else None
     labels, classes = (data.labels.cpu()[order], torch.arange(data.classes)) if a.cond else (None, None)
     for k in steps:
         began = time.perf_counter()
@@ -74,16 +75,20 @@ def evaluate(run, it, data, draw, steps, net="ema"):
         grid = generate(run, data, a.grid, draws, draw, classes) if a.cond else fake[:a.grid]
         t_mid = getattr(a, "t_mid", None) if k > 1 and net != "teacher" else None
 
-        def note(metric, value, n, mode):
-            line = dict(it=it, metric=metric, value=round(value, 4), n=n, net=net, steps=k, t_mid=t_mid, mode=mode)
-            run.append("eval.jsonl", line | dict(seed=0, noise="float32", sec=round(time.perf_counter() - began, 2)))
+        def note(values, n, mode):
+            of = dict(n=n, net=net, steps=k, t_mid=t_mid, mode=mode, seed=0, noise="float32")
+            for metric, value in values.items():
+                sec = round(time.perf_counter() - began, 2)
+                run.append("eval.jsonl", dict(it=it, metric=metric, value=round(value, 4)) | of | dict(sec=sec))
         if run.rank == 0:
             (run.dir / "samples").mkdir(exist_ok=True)
             name = f"{it:07d}_{'teacher' if net == 'teacher' else f'{k}step'}.png"
             picture(grid, data.classes if a.cond else 0).save(run.dir / "samples" / name)
-            note("fd_pixels", fid.fd_pixels(real, fake[:n]), n, "8x8")
+            near = fid.prdc(fid.pixels(real), fid.pixels(fake[:n]))
+            note(dict(fd_pixels=fid.fd_pixels(real, fake[:n])) | near, n, "8x8")
         if many:                                          # all ranks take part
-            note("fid", fid.fid(data, fake[:many], a.data_dir), many, fid.MODE)
+            value = fid.fid(data, fake[:many], a.data_dir, kept=(kept := []))
+            note(dict(fid=value) | (fid.prdc(others, torch.cat(kept)) if kept else {}), many, fid.MODE)
 
 
 # ---- what is saved, and what is known of a run ---------------------------------------------------
@@ -141,7 +146,8 @@ def lines(path):
 
 def figures(run):
     """The lines of eval.jsonl that are figures, as this project writes them."""
-    kinds = dict(it=int, metric=str, value=(int, float), n=int, net=str, steps=int, t_mid=(int, float, type(None)))
+    kinds = dict(it=int, metric=str, value=(int, float), n=int, net=str, steps=int, mode=str)
+    kinds |= dict(t_mid=(int, float, type(None)))
     found = [s for s in lines(Path(run) / "eval.jsonl") if all(isinstance(s.get(k, s), v) for k, v in kinds.items())]
     return [s for s in found if abs(s["value"]) < 1e300]
 
@@ -155,10 +161,46 @@ def cut_logs(run, it):
         os.replace(path.with_suffix(".tmp"), path)
 
 
+def recipe(config):
+    """What two runs have in common that differ by their seed alone, of their config.json."""
+    return json.dumps([config["about"]["script"], config["about"]["data_sha256"],
+                       {k: v for k, v in config.items() if k not in FREE}], sort_keys=True)
+
+
+def reference(config):
+    """The entry of reference.json for a run with this config.json, or None. It has "seeds"; "loss" and "figures", each
+    {name: [lowest, highest]}, named by their step, and figures by metric and sampling steps, too."""
+    return json.loads(REFERENCE.read_text()).get(hashlib.sha256(recipe(config).encode()).hexdigest())
+
+
+def named(run):
+    """The loss and the figures of a run folder, {name: value}, by the names of reference.json."""
+    loss = {str(s["it"]): s["loss"] for s in lines(run / "log.jsonl") if type(s.get("loss")) is float}
+    return loss, {f"{s['it']} {s['metric']} {s['steps']}": s["value"] for s in figures(run) if s["net"] == "ema"}
+
+
+def verdict(run):
+    """Is this run's loss normal? 'on track: ..', 'off track: ..', or '' where its flags have no reference. What is more
+    than a fifth outside of what three seeds had is off track, of the last step of both."""
+    entry = reference(config_of(run))
+    said, bad = [], []
+    for what, own, known in zip(("loss", "figures"), named(run), (entry["loss"], entry["figures"]) if entry else ()):
+        common = [name for name in known if name in own]
+        for name in [n for n in common if n.split()[0] == common[-1].split()[0]]:
+            it, *words = name.split()
+            label = f"FD (pixels) in {words[1]} step{'s' * (words[1] != '1')}" if words else f"loss at step {it}"
+            (lo, hi), value = known[name], own[name]
+            said.append(f"{label} {value:.4g} ({lo:.4g} .. {hi:.4g})")
+            bad.append(value > 1.2 * hi or what == "loss" and value < lo / 1.2)
+    if said:
+        return f"{'off' if any(bad) else 'on'} track: {', '.join(said)}; in brackets: seeds {entry['seeds']} of this preset"
+    return ""
+
+
 def newest(path):
-    """The steps of the teacher in a run folder, and its figures {metric: line} after that many."""
+    """The steps of the teacher in a run folder, and its figures {(metric, mode): line} after that many."""
     it = folder.load(path).get("it", 0)
-    return it, {s["metric"]: s for s in figures(path) if s["net"] == "teacher" and s["it"] == it}
+    return it, {(s["metric"], s["mode"]): s for s in figures(path) if s["net"] == "teacher" and s["it"] == it}
 
 
 def described(path):
@@ -166,7 +208,8 @@ def described(path):
     if not os.path.isdir(path):
         return ""
     it, last = newest(path)
-    return f", {it:,} steps" + (f", FD (pixels) {last['fd_pixels']['value']:.3f}" if "fd_pixels" in last else "")
+    fd = last.get(("fd_pixels", "8x8"))
+    return f", {it:,} steps" + (f", FD (pixels) {fd['value']:.3f}" if fd else "")
 
 
 def adopt(run, teacher):
@@ -177,24 +220,27 @@ def adopt(run, teacher):
         grid = teacher / "samples" / f"{line['it']:07d}_teacher.png"
         if run.rank == 0 and grid.exists():
             shutil.copy(grid, run.dir / "samples" / "0000000_teacher.png")
-    return "fd_pixels" in last and run.args.fid in (0, last.get("fid", {}).get("n"))
+    return ("fd_pixels", "8x8") in last and run.args.fid in (0, last.get(("fid", fid.MODE), {}).get("n"))
 
 
 def table(run, it):
     """Print the last figures of the teacher, of 1 step and of --steps; return {"fd_pixels_2step": value, ..}."""
     def column(s):
         return "teacher" if s["net"] == "teacher" else f"{s['steps']}step"
-    last = {(s["metric"], column(s)): s for s in figures(run.dir) if s["it"] in (0, it)}      # the last one wins
+    # the last one wins
+    last = {(s["metric"], s["mode"], column(s)): s for s in figures(run.dir) if s["it"] in (0, it)}
     columns = dict.fromkeys(["teacher", "1step", f"{run.args.steps}step"])
     result = {}
-    for metric, title in (("fd_pixels", "FD (pixels)"), ("fid", f"FID ({fid.MODE})")):
-        rows = [last[metric, k] for k in columns if (metric, k) in last]
+    for (metric, mode), title in TITLES.items():
+        rows = [last[metric, mode, k] for k in columns if (metric, mode, k) in last]
         rows = [s for s in rows if s["n"] == rows[-1]["n"]]               # figures of other numbers do not compare
         if rows:
-            say(f"\n{title} of {rows[0]['n']:,} images, lower is better")
+            say(f"\n{title} of {rows[0]['n']:,} images, lower is better; precision, recall")
         for s in rows:
             label = f"teacher, {s['steps']} Heun step" if s["net"] == "teacher" else f"{s['steps']} step"
             label += "s" * (s["steps"] > 1) + (f", t_mid {s['t_mid']:g}" if s["t_mid"] else "")
-            say(f"  {label:26}{s['value']:8.3f}")
+            more = [last.get((name, mode, column(s))) for name in ("precision", "recall")]
+            more = "".join(f"{v['value']:8.2f}" for v in more if v and v["n"] == s["n"])
+            say(f"  {label:26}{s['value']:8.3f}{more}")
             result[f"{metric}_{column(s)}"] = s["value"]
     return result

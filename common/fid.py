@@ -1,5 +1,6 @@
 """Distances between two sets of images, uint8 [N, C, H, W]: FID, and the Frechet distance of pixels, for data that are
-too small for Inception and for runs without a GPU; the noise of which evaluations make their images."""
+too small for Inception and for runs without a GPU; precision, recall, density and coverage, which tell blur from missing
+modes; the noise of which evaluations make their images."""
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from common.flags import BadInput, Parser, brief, device_of, say
 
 NOISE = 2**26                     # numbers of noise to draw at a time: half a gigabyte
 MODE = "legacy_tensorflow"        # the resize behind the published figures; clean-fid's own is "clean"
+FEW = 10_000                      # images, at most, whose neighbours are looked for: the time grows with the square
 
 
 def noise_of(ids, k, shape, device, seed=0):
@@ -55,19 +57,63 @@ def frechet(m1, c1, m2, c2):
     return float(((m1 - m2) ** 2).sum() + c1.trace() + c2.trace() - 2 * cross)
 
 
+def pixels(images):
+    """uint8 [N,C,H,W] -> float64 [N,D]: the pixels in [-1, 1], averaged down to 8x8."""
+    return F.adaptive_avg_pool2d(images.cpu().double() / 127.5 - 1, 8).flatten(1)
+
+
 def fd_pixels(real, fake):
-    """Frechet distance of the pixels in [-1, 1], averaged down to 8x8, with unbiased covariance. It is not an FID."""
-    def moments(images):
-        x = F.adaptive_avg_pool2d(images.cpu().double() / 127.5 - 1, 8).flatten(1)
+    """Frechet distance of `pixels` of uint8 images, with unbiased covariance. It is not an FID."""
+    def moments(x):
         return x.mean(0), x.T.cov(correction=min(1, len(x) - 1))    # a single image has no spread
-    return frechet(*moments(real), *moments(fake))
+    return frechet(*moments(pixels(real)), *moments(pixels(fake)))
+
+
+def prdc(real, fake, k=5):
+    """How far two sets of points, [N,D] and [M,D], cover each other. A ball reaches from a point to the k-th nearest of
+    its own set, or to the farthest of fewer. Returns {name: value}:
+
+    precision   share of fake points in the ball of a real one         (Kynkaanniemi et al. 2019, arXiv:1904.06991)
+    recall      share of real points in the ball of a fake one         (the same)
+    density     balls of real points around a fake one, divided by k   (Naeem et al. 2020, arXiv:2002.09797, eq. 3)
+    coverage    share of real points whose own ball holds a fake one   (the same, eq. 4)"""
+    real, fake = real.double(), fake.double()
+
+    def radii(x):
+        j = min(k + 1, len(x))                            # the nearest is the point itself
+        return torch.cat([torch.cdist(rows, x).kthvalue(j).values for rows in x.split(1000)])
+    r, s = radii(real), radii(fake)
+    around, recall, coverage = torch.zeros(len(fake), dtype=torch.int64), 0, 0
+    for rows, radius in zip(real.split(1000), r.split(1000)):             # 10,000 x 10,000 distances are 0.8 GB
+        d = torch.cdist(rows, fake)
+        near = d <= radius[:, None]
+        around += near.sum(0)
+        recall += int((d <= s).any(1).sum())
+        coverage += int(near.any(1).sum())
+    return dict(precision=float((around > 0).double().mean()), recall=recall / len(real),
+                density=float(around.double().mean()) / k, coverage=coverage / len(real))
+
+
+def chosen(data, n):
+    """The indices of the real images, at most n, with which others are compared: the same in every run."""
+    return torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:n]
 
 
 # ---- FID (Heusel et al. 2017, arXiv:1706.08500) --------------------------------------------------
-def fid(data, fake, data_dir, mode=MODE):
+def fid(data, fake, data_dir, mode=MODE, kept=None):
     """FID of uint8 images [N,C,H,W] against all images of a data set, whose statistics are kept in `data_dir`.
-    Several ranks share the work. Raises BadInput if there is no Inception to be had."""
-    return frechet(*reference(data, data_dir, mode), *moments(fake, inception(data_dir, data.images.device), mode))
+    Several ranks share the work. `kept`: as of moments. Raises BadInput if there is no Inception to be had."""
+    net = inception(data_dir, data.images.device)
+    return frechet(*reference(data, data_dir, mode), *moments(fake, net, mode, kept))
+
+
+def neighbours(data, n, data_dir, mode=MODE):
+    """The features [n, D] of the real images with which prdc compares n generated ones; None if these are too many."""
+    kept, images = [], data.images[chosen(data, n).to(data.images.device)]
+    if n > FEW:
+        return None
+    moments(images, inception(data_dir, images.device), mode, kept)
+    return torch.cat(kept)
 
 
 @lru_cache(maxsize=1)
@@ -107,16 +153,23 @@ def stored(path, about):
             return torch.from_numpy(mean), torch.from_numpy(cov)
 
 
-def moments(images, net, mode=MODE):
-    """Mean [D] and unbiased covariance [D, D], float64, of the features of uint8 images [N,C,H,W]."""
+def moments(images, net, mode=MODE, kept=None):
+    """Mean [D] and unbiased covariance [D, D], float64, of the features of uint8 images [N,C,H,W]; of at most FEW the
+    features themselves, on the CPU, are appended to the list `kept`, in whatever order."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(net.parameters()).device
     mine, total = images[rank::world].split(100 if device.type == "cuda" else 25), 0
     for batch in tqdm(mine, "Inception", leave=False, disable=rank > 0, delay=2, file=sys.stderr):
-        f = F.pad(features(net, batch.to(device), mode).double(), (1, 0), value=1.0)
+        f = features(net, batch.to(device), mode)
+        if kept is not None and len(images) <= FEW:
+            kept.append(f.cpu())
+        f = F.pad(f.double(), (1, 0), value=1.0)
         total = total + f.T @ f                           # the column of ones gives count and sum
     if world > 1:
         dist.all_reduce(total)
+        if kept:
+            dist.all_gather_object(parts := [None] * world, kept)
+            kept[:] = sum(parts, [])
     total = total.cpu()
     n, mean = total[0, 0], total[0, 1:] / total[0, 0]
     return mean, (total[1:, 1:] - n * mean.outer(mean)) / (n - 1).clamp(min=1)
@@ -166,9 +219,12 @@ def main(argv=None):
     if side != other:                                     # a blurred set is another set
         raise BadInput(f"{a.images} has images of {side} pixels a side, {a.reference} of {other}; --size N crops and "
                        "shrinks the images of folders")
-    value = fid(real, fake.images, a.data_dir, a.mode)
-    print(f"FID {value:.3f}: {len(fake.images):,} images of {a.images} against {len(real.images):,} of {a.reference}, "
+    n, kept = len(fake.images), []
+    value, near = fid(real, fake.images, a.data_dir, a.mode, kept), neighbours(real, n, a.data_dir, a.mode)
+    print(f"FID {value:.3f}: {n:,} images of {a.images} against {len(real.images):,} of {a.reference}, "
           f"{side}x{side}, {a.mode}")
+    if near is not None:
+        print(", ".join(f"{name} {v:.3f}" for name, v in prdc(near, torch.cat(kept)).items()))
     return value
 
 

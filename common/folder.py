@@ -197,7 +197,8 @@ def write_config(folder, args, asked, file, data, **about):
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
     old = config_of(folder)["about"] if args.resume else dict(asked=dataclasses.asdict(asked))
     about = old | dict(script=script(file), argv=sys.argv, commit=commit.stdout.strip(), torch=torch.__version__,
-                       data_sha256=data.sha256, classes=data.names, **about)
+                       data_sha256=data.sha256, classes=data.names,
+                       images=list(data.images.shape), **about)
     if data.classes:
         about["images_per_class"] = data.labels.bincount(minlength=data.classes).tolist()
     places = {"data_dir"} if args.dataset.removesuffix("-test") in DATASETS else {"data_dir", "dataset"}

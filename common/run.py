@@ -115,10 +115,11 @@ class Run:
         if owner := folder.agree(lambda: folder.take(self.dir)):
             raise BadInput(f"--resume {self.dir}: {owner} is training it; wait, or stop that")
         it = folder.restore(self.dir, state, data, a.shard, a.keep) if a.resume else 0
+        count, left = sum(p.numel() for p in state["net"].parameters()), max(a.iters - it, 0)
         if self.rank == 0:
             evaluate.cut_logs(self.dir, it)
             folder.write_config(self.dir, a, self.asked, self.file, data, ranks=self.world, device=self.device_name,
-                                **self.about)
+                                parameters=count, **self.about)
         folder.free(a.out)                                # taken by teacher.locate, until others can see this config
         self.began, self.start_it, self.logged = clock(), it, (clock(), it)
         self.spent = {"evaluation": 0.0, "saves": 0.0, "start-up": self.began - Run.others - self.born}  # seconds
@@ -129,7 +130,6 @@ class Run:
         self.before = {s: signal.signal(s, self.on_signal) for s in signals}      # only the main thread may do that
         folder.MINE.end.callback(self.close)
         n, *size = data.images.shape
-        count, left = sum(p.numel() for p in state["net"].parameters()), max(a.iters - it, 0)
         say(f"{self.dir}\n"
             f"  data      {data.name}, {n:,} images {'x'.join(map(str, size))}\n"
             f"  network   {a.net}, {count / 1e6:.2f} M parameters\n"
@@ -287,8 +287,10 @@ class Run:
         total = max(clock() - Run.others - self.born, 1e-9)
         Run.others += total
         shares = ", ".join(f"{k} {v / total:.1%}" for k, v in self.spent.items())
-        say(f"{total / 60:.1f} min, of which {shares}")
-        say(f"grids in {self.dir / 'samples'}, weights in {self.dir / 'ckpt.pt'}")
+        say("\n".join(filter(None, [
+            evaluate.verdict(self.dir) if self.rank == 0 else "", f"{total / 60:.1f} min, of which {shares}",
+            f"grids in {self.dir / 'samples'}, weights in {self.dir / 'ckpt.pt'}",
+            f"curves, or beside other runs: python -m common.compare {shlex.quote(str(self.dir))}"])))
         self.obey()                                       # of a teacher: its student is not to begin
         return result
 

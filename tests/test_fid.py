@@ -279,7 +279,7 @@ def test_a_teacher_without_the_figure_is_measured(net, train, few):
     """Its folder has an FD only; with the figure, nothing is measured twice."""
     _, teacher = train("common.teacher", "--iters", "1", *few)
     metrics, run = train("ect", "--teacher", str(teacher), "--iters", "1", "--fid", "10", *few)
-    teachers = [s for s in lines(run / "eval.jsonl") if s["net"] == "teacher"]
+    teachers = [s for s in lines(run / "eval.jsonl") if s["net"] == "teacher" and s["metric"] in ("fd_pixels", "fid")]
     assert [s["metric"] for s in teachers] == ["fd_pixels", "fd_pixels", "fid"] and teachers[2]["n"] == 10
     assert teachers[0]["value"] == pytest.approx(teachers[1]["value"], abs=1e-3)
     assert metrics["fid_teacher"] == teachers[2]["value"]
@@ -319,13 +319,66 @@ class Outer(torch.nn.Module):
     def forward(self, x):
         return self.layers(x)
 
+# ---- precision, recall, density, coverage ---------------------------------------------------------
+def points(n, d=3, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def by_loops(real, fake, k):
+    """The definitions of Kynkaanniemi et al. and of Naeem et al., one point at a time."""
+    radius = lambda s, i: sorted(float((s[i] - x).norm()) for x in s)[min(k, len(s) - 1)]
+    balls = lambda s, x: [float((s[i] - x).norm()) <= radius(s, i) for i in range(len(s))]
+    return dict(precision=np.mean([any(balls(real, x)) for x in fake]), recall=np.mean([any(balls(fake, x)) for x in real]),
+                density=np.mean([sum(balls(real, x)) / k for x in fake]),
+                coverage=np.mean([any(float((r - x).norm()) <= radius(real, i) for x in fake) for i, r in enumerate(real)]))
+
+
+@pytest.mark.parametrize("fake", [points(30, seed=1), points(40)[:1] + 1e-3 * points(30), 4 * points(30, seed=2),
+                                  points(3, seed=3)], ids=["alike", "collapsed", "scattered", "fewer than k"])
+def test_neighbours_equal_loops(fake):
+    """Balls of the wrong set; the point itself counted as its neighbour; precision and recall, or N and M, swapped."""
+    assert fid.prdc(points(40), fake, k=3) == pytest.approx(by_loops(points(40), fake, 3))
+
+
+def test_neighbours_in_parts_equal_the_whole(monkeypatch):
+    """More than 1,000 points are compared in parts."""
+    real, fake = points(1300, 2), points(1100, 2, seed=1) + 0.5
+    d, near = torch.cdist(real, fake), lambda x: torch.cdist(x, x).sort(1).values[:, 5]
+    inside = d <= near(real)[:, None]
+    want = dict(precision=inside.any(0), recall=(d <= near(fake)).any(1), density=inside.sum(0) / 5, coverage=inside.any(1))
+    assert fid.prdc(real, fake) == pytest.approx({k: float(v.double().mean()) for k, v in want.items()})
+
+
+def test_limits_of_neighbours():
+    """Equal sets; noise; one of two modes lost, which precision does not see; outliers, which recall forgives."""
+    modes = points(400, 2) + 100 * (torch.arange(400) % 2)[:, None]
+    assert fid.prdc(modes, modes) == dict(precision=1, recall=1, density=1.2, coverage=1)        # k + 1 balls of k
+    lost = fid.prdc(modes, points(400, 2, seed=1))
+    assert lost["precision"] > 0.95 and 0.4 < lost["recall"] <= 0.5 and 0.4 < lost["coverage"] <= 0.5
+    assert 0.8 < lost["density"] < 1.2
+    noise = fid.prdc(points(400, 8), 30 * points(400, 8, seed=1))
+    assert noise["precision"] < 0.01 and noise["coverage"] < 0.02 and noise["recall"] > 0.9
+
+
+def test_figures_of_few_images_come_with_precision(net, tmp_path, monkeypatch):
+    """Of other features than FID's; of images that are not those of the figure; of too many."""
+    a, b, kept = data_set(1), data_set(2), []
+    fid.fid(a, b.images, tmp_path, kept=kept)
+    assert torch.allclose(torch.cat(kept), features(net, b.images), atol=1e-6)
+    real = fid.neighbours(a, 20, tmp_path)
+    assert torch.allclose(real, features(net, a.images[fid.chosen(a, 20)]), atol=1e-6)
+    monkeypatch.setattr(fid, "FEW", 19)
+    fid.fid(a, b.images, tmp_path, kept=(kept := []))
+    assert kept == [] and fid.neighbours(a, 20, tmp_path) is None
+
 
 def test_the_command_compares_two_sets(net, few, tmp_path, capsys):
     a = data_set(1)
     np.savez(tmp_path / "a.npz", images=a.images.permute(0, 2, 3, 1).numpy())
     value = fid.main([str(tmp_path / "a.npz"), few[1], "--data-dir", str(tmp_path)])
     assert value == pytest.approx(fid.fid(load(few[1]), a.images, tmp_path))
-    assert f"FID {value:.3f}: 60 images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"FID {value:.3f}: 60 images" in out and "precision 0." in out and "coverage 0." in out
 
 
 def test_the_command_measures_images_as_they_are_stored(net, tmp_path, capsys):

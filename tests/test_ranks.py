@@ -57,7 +57,9 @@ def work(out):
     saw["batches"] = [run.batch(data, 5, part) for part in range(2)]
     saw["images"] = evaluate.generate(run, data, 7, 2, blend, torch.arange(10))
     fid.inception = lambda data_dir, device: Net()
-    saw["fid"] = fid.fid(few(data), data.images[:301:3], out / "data")
+    kept = []
+    saw["fid"] = fid.fid(few(data), data.images[:1201:12], out / "data", kept=kept)
+    saw["prdc"] = fid.prdc(fid.neighbours(few(data), 101, out / "data"), torch.cat(kept))
 
     def grads():
         return torch.cat([p.grad.flatten() for p in net.parameters()])
@@ -236,8 +238,12 @@ def test_the_ranks_share_the_work_of_fid(both, tmp_path, monkeypatch):
     """Features of a rank left out or counted twice; statistics written by one and not waited for by the other."""
     monkeypatch.setattr(fid, "inception", lambda data_dir, device: Net())
     data = load("digits")
-    alone = fid.fid(few(data), data.images[:301:3], tmp_path)
+    kept = []
+    alone = fid.fid(few(data), data.images[:1201:12], tmp_path, kept=kept)
     assert [saw["fid"] for saw in both] == pytest.approx([alone, alone], rel=1e-6) and alone > 1e-4
+    near = fid.prdc(fid.neighbours(few(data), 101, tmp_path), torch.cat(kept))
+    assert both[0]["prdc"] == both[1]["prdc"] == pytest.approx(near, abs=0.021)
+    assert 0.5 < near["coverage"] < 1
 
 
 def test_a_run_on_two_ranks(both, out):

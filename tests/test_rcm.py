@@ -14,7 +14,6 @@ import scm
 from common import teacher as teachers
 from common.jvp import jvp
 from common.precond import EDM, TrigFlow
-from tests.bench import diversity
 
 B = 5
 ARGS = dict(sd=SD, P_mean=-0.7, D_mean=0.3)               # two means tell p_G and p_D apart
@@ -387,20 +386,6 @@ def test_sections_1_to_3_run_in_a_bare_namespace():
         names["fake_loss_fn"](other, net, torch.randn(4, 3, 8, 8), None, it, args)[0].backward()
     assert w.grad.isfinite() and 0 <= names["average"](3, args) <= 1
     assert names["sample"](lambda x, t, y: x, torch.randn(2, 4, 3, 8, 8), None, args).shape == (4, 3, 8, 8)
-
-
-# ---- diversity -----------------------------------------------------------------------------------
-def test_precision_recall_and_coverage():
-    """Against loops; a collapsed set is precise and covers little, a scattered one is not precise."""
-    real, k = normal(40, 3), 3
-    radius = lambda s, i: sorted(float((s[i] - x).norm()) for x in s)[k]
-    inside = lambda s, x: [float((s[i] - x).norm()) <= radius(s, i) for i in range(len(s))]
-    for fake in (normal(30, 3, seed=1), real[:1] + 1e-3 * normal(30, 3), 4 * normal(30, 3, seed=2)):
-        want = (sum(any(inside(real, x)) for x in fake) / 30, sum(any(inside(fake, x)) for x in real) / 40,
-                sum(any(float((real[i] - x).norm()) <= radius(real, i) for x in fake) for i in range(40)) / 40)
-        assert diversity.figures(real, fake, k) == pytest.approx(want)
-    precision, recall, coverage = diversity.figures(real, real[:1] + 1e-3 * normal(30, 3), k)
-    assert precision == 1 and recall < 0.1 and coverage < 0.3
 
 
 # ---- runs ----------------------------------------------------------------------------------------

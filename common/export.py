@@ -24,9 +24,9 @@ def to_safetensors(net, out):
 
 
 def to_edm(net, out):
-    """EDM's networks are those of common.unet in EDM's coordinates without a boundary; BadInput for others."""
+    """BadInput unless the network is one of EDM's: a U-Net in EDM's coordinates, without sCM's changes."""
     spec = net.spec
-    if spec["flow"] != "edm" or spec["net"] == "dit":
+    if spec["flow"] != "edm" or spec["net"] == "dit" or spec["kwargs"]["norm"] != "single":
         raise BadInput(f"{out}: a {spec['net']} of flow {spec['flow']} is none of EDM's networks; name a .safetensors")
     torch.save(tensors(net), out)
 

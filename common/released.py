@@ -3,6 +3,7 @@
 Their .pkl files hold Python objects together with their source code, which NVIDIA's loader executes. Here every name
 that a file asks for becomes inert data, or is refused; nothing that a file names is imported or called."""
 import io
+import json
 import math
 import os
 import pickle
@@ -168,13 +169,17 @@ def shape_of(weights):
 
 
 def load(path, device="cpu"):
-    """The averaged network of a run folder or checkpoint of ours, of any method, or of a released EDM .pkl, frozen:
+    """The averaged network of a run folder, checkpoint or .safetensors of ours, or of a released EDM .pkl, frozen:
     net(x, t, y) -> float32 [B,C,H,W], D(x; t) of a diffusion model, f(x, t) of a consistency model; x [B,C,H,W],
     t [B,1,1,1] the noise's standard deviation, of a TrigFlow network the time in radians, y int64 [B] or None.
     Raises BadInput."""
     try:
         if str(path).endswith(".pkl"):
             spec, weights = read(path)
+        elif str(path).endswith(".safetensors"):          # of common.export
+            from safetensors import safe_open
+            with safe_open(path, "pt") as f:
+                spec, weights = json.loads(f.metadata()["model"]), {k: f.get_tensor(k) for k in f.keys()}
         else:
             ckpt = folder.load(path)
             spec, weights = ckpt["model"], ckpt["ema"]

@@ -176,7 +176,7 @@ def logs(runs):
     return png(figure)
 
 
-def strips(run):
+def strips(run, n=SHOWN):
     """{steps: PNG of the first images of the newest grid}, 0 steps: the teacher's. Grids of all runs begin with the same
     noise, and with --cond with one image of each class."""
     found = {}
@@ -189,7 +189,7 @@ def strips(run):
         except Exception:                                 # Pillow raises many kinds for a damaged file
             continue
         buffer = io.BytesIO()
-        Image.fromarray(grid[:h, :SHOWN * (w + 1) - 1]).save(buffer, "png")
+        Image.fromarray(grid[:h, :n * (w + 1) - 1]).save(buffer, "png")
         if steps.isdecimal():
             found[int(steps)] = buffer.getvalue()
     return found

@@ -5,7 +5,6 @@ makes the run folder or restores it; each step seed, batch, count, sync, log; wh
 import atexit
 import dataclasses
 import json
-import math
 import os
 import shlex
 import signal
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from common import evaluate, fid, folder
 from common.data import mix
-from common.flags import BadInput, check_bounds, config_of, device_of, memory, say, script
+from common.flags import BadInput, check_bounds, device_of, memory, say, script
 
 clock = time.perf_counter         # never goes back
 

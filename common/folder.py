@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import glob
 import itertools
 import json
 import os
@@ -48,8 +49,9 @@ MINE = Mine()
 
 def numbered(out, stem):
     """[(number, path)] of the run folders <out>/<stem>-<number>, oldest first."""
-    names = ((re.fullmatch(re.escape(stem) + r"-(\d+)", p.name), p) for p in Path(out).glob("*"))
-    return sorted((int(match[1]), p) for match, p in names if match)
+    paths = map(Path, glob.glob(glob.escape(f"{out}/{stem}-") + "*"))     # which minds no odd name
+    found = ((p.name[len(stem) + 1:], p) for p in paths)
+    return sorted((int(number), p) for number, p in found if number.isdecimal())
 
 
 def stem_of(*words):

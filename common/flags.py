@@ -2,8 +2,7 @@
 
 The flags of a script are the fields of its dataclass `Args`, one line a field. The comment at the end of a line is the
 help text; bounds in parentheses at its end, such as (>= 1) or (> t_min, < t_max), are checked before anything runs.
-The table `PRESETS` holds what differs from the defaults for a data set, a budget or a mode. This file imports nothing
-of ours, so that every other file of common/ may use it."""
+The table `PRESETS` holds what differs from the defaults for a data set, a budget or a mode. Imports nothing of ours."""
 import argparse
 import contextlib
 import dataclasses
@@ -40,7 +39,7 @@ class BadInput(SystemExit):
         super().__init__(2)
         self.message = message
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            tqdm.write(f"error: {plain(message)}", file=sys.stderr)       # not on the line of a progress bar
+            tqdm.write("error: " + printable(message, "\n"), file=sys.stderr)   # not on the line of a bar
 
 
 class Unheard:
@@ -63,13 +62,7 @@ class Unheard:
 def say(text):
     """Print a line on stdout, on the first rank only, without breaking a progress bar."""
     if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            tqdm.write(plain(text))
-
-
-def plain(text):
-    """Lines without what a terminal would obey, or could not print."""
-    return "\n".join(map(printable, text.split("\n")))
+        tqdm.write(printable(text, "\n"))
 
 
 def brief(error):
@@ -77,9 +70,14 @@ def brief(error):
     return printable(" ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
-def printable(text):
-    """One line of it."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
+def printable(text, keep=""):
+    """The text without what a terminal would obey, or could not print; `keep`: other characters that may stay."""
+    return "".join(c if c.isprintable() or c in keep else "?" for c in str(text))
+
+
+def flag(field):
+    """The flag of a field: --log-every."""
+    return f"--{field.replace('_', '-')}"
 
 
 def meant(word, known):
@@ -91,57 +89,38 @@ def meant(word, known):
 # ---- from the command line to Args ---------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are BadInput, and which suggests the flag that was meant."""
-    def __init__(self, **how):
-        super().__init__(**how)
-        if hasattr(sys.stdout, "reconfigure"):            # a name that a terminal cannot show ends nothing
-            sys.stdout.reconfigure(errors="backslashreplace")
-
     def error(self, message):
         raise BadInput(f"{message} (-h lists the flags)")
 
     def parse_args(self, args=None, namespace=None):
-        found, extra = self.parse_known_args(args, namespace)
+        if hasattr(sys.stdout, "reconfigure"):            # a name that a terminal cannot show ends nothing
+            sys.stdout.reconfigure(errors="backslashreplace")
+        words = sys.argv[1:] if args is None else args                    # --log_every is understood as --log-every
+        words = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
+        found, extra = self.parse_known_args(words, namespace)
         if extra and not extra[0].startswith("-"):
             self.error(f"{extra[0]!r} belongs to no flag; a list is one word with commas, such as --mult 1,2,2")
         if extra:
-            name = extra[0].split("=")[0]
-            known = [s for s in self._option_string_actions if s.startswith("--") and "_" not in s]
-            self.error(f"unrecognized argument {extra[0]}{meant(name, known)}")
+            self.error(f"unrecognized argument {extra[0]}{meant(extra[0].split('=')[0], self._option_string_actions)}")
         return found
 
 
 def parse(cls, presets, argv=None):
-    """The flags `argv` (default: the command line, in a notebook none) as an instance of the dataclass `cls`.
-
-    Precedence: explicit flags, then the config of a resumed run, then the preset, then the defaults of `cls`.
-    Prints which preset was taken and what it costs. Raises BadInput; -h prints the help and exits."""
+    """The flags `argv` (default: the command line, in a notebook none) as an instance of the dataclass `cls`: explicit
+    flags, then the config of a resumed run, or the preset, which is printed with its cost, then the defaults of `cls`.
+    Raises BadInput; -h prints the help and exits."""
     if argv is None:
         argv = [] if "ipykernel" in sys.modules else sys.argv[1:]         # a notebook's own flags are not ours
     given = vars(parser(cls).parse_args(argv))
     wants_help = given.pop("help", False)
     if empty := [k for k, v in given.items() if v == ""]:                 # an unset variable of the shell's
-        raise BadInput(f"--{empty[0].replace('_', '-')} is empty; give it a value, or leave it out")
-    if given.get("resume") and not wants_help:
-        return resumed(cls, given)
+        raise BadInput(f"{flag(empty[0])} is empty; give it a value, or leave it out")
     if wants_help:
         merged, name = merge(cls, presets, given)
         print(parser(cls, merged, presets, name).format_help(), end="")
         raise SystemExit(0)
-    return from_presets(cls, presets, given)
-
-
-def from_presets(cls, presets, given, quiet=False):
-    """The flags `given` ({field: value}) as a `cls`, completed by presets; prints which, and its cost. BadInput."""
-    merged, name = merge(cls, presets, given)
-    plain, _ = merge(cls, presets, {k: v for k, v in given.items() if k not in COSTLY})
-    cost = merged.pop("cost", "")
-    changed = [f"--{k.replace('_', '-')} {shown(merged[k])}" for k in COSTLY if merged.get(k) != plain.get(k)]
-    if changed:
-        cost = f"its cost changes with {' '.join(changed)}; the end is estimated after 20 steps"
-    if cost and not quiet:
-        say(f"preset {name}: {cost}")
-    args = cls(**merged)
-    args.given = frozenset(given)                         # no field: what was typed, and is not for a preset to change
+    args = resumed(cls, given) if given.get("resume") else from_presets(cls, presets, given)
+    args.given = frozenset(given)                         # no field: for `typed` alone
     return args
 
 
@@ -150,24 +129,32 @@ def typed(args, field):
     return field in getattr(args, "given", ())
 
 
+def from_presets(cls, presets, given, quiet=False):
+    """The flags `given` ({field: value}) as a `cls`, completed by presets; prints which, and its cost. BadInput."""
+    merged, name = merge(cls, presets, given)
+    usual, _ = merge(cls, presets, {k: v for k, v in given.items() if k not in COSTLY})
+    cost = merged.pop("cost", "")
+    if changed := [f"{flag(k)} {shown(merged[k])}" for k in COSTLY if merged.get(k) != usual.get(k)]:
+        cost = f"its cost changes with {' '.join(changed)}; the end is estimated after 20 steps"
+    if cost and not quiet:
+        say(f"preset {name}: {cost}")
+    return cls(**merged)
+
+
 def merge(cls, presets, given):
     """({field: value}, name of the preset): defaults < preset < data < mode < flags. Raises BadInput."""
-    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
-    asked = defaults | given
-    if asked["dataset"] == "digits":
-        if asked["preset"] != "auto":
-            raise BadInput("the digits have one preset; leave --preset out")
-        name, preset, data = "digits", presets["digits"], {}
-    else:
-        cuda = asked["device"] in ("auto", "cuda") and torch.cuda.is_available()
-        best = "small" if not cuda else "fast" if "fast" in presets else "paper"
-        name = best if asked["preset"] == "auto" else asked["preset"]
-        if name not in presets:
-            raise BadInput(f"there is no --preset {name} here; leave it out")
-        preset = presets[name] | dict(preset=name)
-        data = presets.get(asked["dataset"] if asked["dataset"] in DATASETS else "folder", {})
-    mode = presets.get(asked.get("mode"), {})
-    return defaults | preset | data | mode | given, name
+    asked = {f.name: f.default for f in dataclasses.fields(cls)} | given
+    digits = asked["dataset"] == "digits"
+    if digits and asked["preset"] != "auto":
+        raise BadInput("the digits have one preset; leave --preset out")
+    cuda = asked["device"] in ("auto", "cuda") and torch.cuda.is_available()
+    best = "digits" if digits else "small" if not cuda else "fast" if "fast" in presets else "paper"
+    name = best if asked["preset"] == "auto" else asked["preset"]
+    if name not in presets:
+        raise BadInput(f"there is no --preset {name} here; leave it out")
+    asked |= presets[name] | ({} if digits else dict(preset=name))
+    asked |= presets.get(asked["dataset"] if asked["dataset"] in DATASETS else "folder", {})
+    return asked | presets.get(asked.get("mode"), {}) | given, name
 
 
 def resumed(cls, given):
@@ -179,10 +166,8 @@ def resumed(cls, given):
     old = known(cls, config, folder)
     for k, v in given.items():
         if v != old[k] and k not in MAY_CHANGE - set(getattr(cls, "fixed", ())):
-            raise BadInput(f"--{k.replace('_', '-')} defines the run, --resume cannot change it; start a new run")
-    args = cls(**old | given)
-    args.given = frozenset(given)                         # no field: what was typed
-    return args
+            raise BadInput(f"{flag(k)} defines the run, --resume cannot change it; start a new run")
+    return cls(**old | given)
 
 
 def known(cls, config, folder):
@@ -209,7 +194,7 @@ def fits(value, field, cls):
 
 
 def comments(cls):
-    """[(heading, field, help text, bounds)] of a dataclass, from its source; the heading is the last '# --- ..'."""
+    """[(heading, field, help text, [(sign, limit)])] of a dataclass, from its source; a heading is a '# --- ..'."""
     found, heading = [], "the run"
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for line in inspect.getsource(cls).splitlines():
@@ -217,27 +202,28 @@ def comments(cls):
             heading = ruler[1]
         if note := re.match(r"    (\w+):.*?  # *(.*)$", line):
             bounds = re.search(r"\(([<>][^()]*)\)$", note[2])
-            found.append((heading, fields[note[1]], note[2], bounds[1].split(", ") if bounds else []))
+            bounds = re.findall(r"([<>]=?) *([^ ,]+)", bounds[1]) if bounds else []
+            found.append((heading, fields[note[1]], note[2], bounds))
     return found
 
 
 def check_bounds(args):
     """Compare every number with the bounds in its field's comment; a bound may name another field. BadInput."""
     for _, field, _, bounds in comments(type(args)):
-        flag, value = f"--{field.name.replace('_', '-')}", getattr(args, field.name)
+        name, value = flag(field.name), getattr(args, field.name)
+        values = value if isinstance(value, tuple) else (value,)
         if value is None:                                 # settled by the method: this run has none
             continue
-        if field.type is float and not (abs(value) < 1e300):
-            raise BadInput(f"{flag} must be a finite number, not {value}")
-        if field.type in (int, tuple) and any(abs(v) > LARGEST for v in (value if field.type is tuple else [value])):
-            raise BadInput(f"{flag} must be at most {LARGEST:,}")
-        for bound in bounds:
-            sign, limit = re.fullmatch(r"([<>]=?) *(\S+)", bound).groups()
+        if field.type is float and not abs(value) < 1e300:
+            raise BadInput(f"{name} must be a finite number, not {value}")
+        if field.type in (int, tuple) and any(abs(v) > LARGEST for v in values):
+            raise BadInput(f"{name} must be at most {LARGEST:,}")
+        for sign, limit in bounds:
             compare, words = COMPARE[sign]
-            named = f"--{limit.replace('_', '-')} = " if hasattr(args, limit) else ""
-            number = getattr(args, limit) if named else float(limit)
-            if not all(compare(v, number) for v in (value if isinstance(value, tuple) else [value])):
-                raise BadInput(f"{flag} must be {words} {named}{number:g}")
+            number = getattr(args, limit) if hasattr(args, limit) else float(limit)
+            if not all(compare(v, number) for v in values):
+                other = f"{flag(limit)} = " if hasattr(args, limit) else ""
+                raise BadInput(f"{name} must be {words} {other}{number:g}")
 
 
 def integers(text):
@@ -251,9 +237,10 @@ def parser(cls, values=None, presets=(), preset=""):
     module = sys.modules[cls.__module__]
     name = script(inspect.getfile(cls))
     start = f"python -m {name}" if "." in name else f"python {name}.py"
+    costs = [f"  {k:8}{presets[k]['cost']}{' (this command)' * (k == preset)}" for k in presets if "cost" in presets[k]]
     ap = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, usage=f"{start} [--flag value ..]",
                 formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, description=module.__doc__,
-                epilog=epilog(start, presets, preset))
+                epilog="\n".join([f"examples:\n  {start}\n  {start} --dataset cifar10 --steps 2\n\npresets:", *costs]))
     groups = {}
     for heading, field, text, _ in comments(cls):
         group = groups[heading] = groups.get(heading) or ap.add_argument_group(heading)
@@ -264,10 +251,7 @@ def parser(cls, values=None, presets=(), preset=""):
             kind = dict(action=argparse.BooleanOptionalAction)            # --bf16 / --no-bf16
         elif choices := get_args(field.type):                             # of a Literal
             kind = dict(choices=choices)
-        flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, dest=field.name, help=text, **kind)
-        if "_" in field.name:                                             # understood, but not listed twice
-            group.add_argument(f"--{field.name}", dest=field.name, help=argparse.SUPPRESS, **kind)
+        group.add_argument(flag(field.name), dest=field.name, help=text, **kind)
     ap.add_argument("-h", "--help", action="store_true", help="print this for the other flags given, and exit")
     return ap
 
@@ -275,12 +259,6 @@ def parser(cls, values=None, presets=(), preset=""):
 def shown(value):
     """A value as it would be typed."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value == "" else str(value)
-
-
-def epilog(start, presets, preset):
-    """The end of the help: two examples, and the presets with their cost."""
-    costs = [f"  {k:8}{presets[k]['cost']}{' (this command)' * (k == preset)}" for k in presets if "cost" in presets[k]]
-    return "\n".join(["examples:", f"  {start}", f"  {start} --dataset cifar10 --steps 2", "", "presets:", *costs])
 
 
 def script(file):
@@ -301,13 +279,13 @@ def config_of(folder):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 
-def device_of(flag):
+def device_of(name):
     """--device -> cuda, cpu or mps. Raises BadInput if it is not there."""
-    if flag == "auto":
+    if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if flag != "cpu" and not (torch.cuda if flag == "cuda" else torch.backends.mps).is_available():
-        raise BadInput(f"--device {flag}: there is no such device here; leave --device out")
-    return flag
+    if name != "cpu" and not (torch.cuda if name == "cuda" else torch.backends.mps).is_available():
+        raise BadInput(f"--device {name}: there is no such device here; leave --device out")
+    return name
 
 
 def memory(device):

@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import functools
 import glob
+import itertools
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from pickletools import genops
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from common.flags import DATASETS, LARGEST, ROOT, BadInput, Unheard, brief, config_of, printable, say, script
@@ -47,10 +48,10 @@ MINE = Mine()
 
 
 def numbered(out, stem):
-    """The run folders <out>/<stem>-<nnn>, oldest first."""
-    found = map(Path, glob.glob(glob.escape(f"{out}/{stem}-") + "*"))     # which minds no odd name
-    found = [p for p in found if p.name[len(stem) + 1:].isdecimal()]
-    return sorted(found, key=lambda p: int(p.name[len(stem) + 1:]))
+    """[(number, path)] of the run folders <out>/<stem>-<number>, oldest first."""
+    paths = map(Path, glob.glob(glob.escape(f"{out}/{stem}-") + "*"))     # which minds no odd name
+    found = ((p.name[len(stem) + 1:], p) for p in paths)
+    return sorted((int(number), p) for number, p in found if number.isdecimal())
 
 
 def stem_of(*words):
@@ -61,10 +62,8 @@ def stem_of(*words):
 
 def create(out, stem):
     """Make a run folder under `out`, and own it; return its path. Raises BadInput where that is not possible."""
-    number = -1
-    while True:
-        taken = numbered(out, stem)                       # gaps left by deleted runs are not filled
-        number = max(number, int(taken[-1].name[len(stem) + 1:]) if taken else -1) + 1
+    last = max((number for number, _ in numbered(out, stem)), default=-1)           # gaps in the numbers stay
+    for number in itertools.count(last + 1):
         path = Path(out) / f"{stem}-{number:03d}"
         with contextlib.suppress(FileExistsError):        # another job was faster
             take(path, new=True)
@@ -86,8 +85,7 @@ def take(path, new=False):
     except OSError as e:
         if new and isinstance(e, FileExistsError):
             raise
-        raise BadInput(f"--out or --resume, {path}: {e.strerror or 'no place for a lock'}; name a folder that can be "
-                       "written")
+        raise BadInput(f"--out or --resume, {path}: {e.strerror or 'no lock'}; name a folder that can be written")
     try:
         if os.name == "nt":
             import msvcrt
@@ -153,11 +151,11 @@ def guarded(main):
         except FloatingPointError as e:
             line, status = e, 1
         except OSError as e:
-            if e.errno not in [getattr(errno, name, None) for name in DISK]:
+            if errno.errorcode.get(e.errno) not in DISK:
                 raise
             line, status = f"{e.strerror}: {e.filename or 'the disk'}; an earlier checkpoint, if any, is whole", 2
         except (MemoryError, RuntimeError) as e:          # the latter, of cuBLAS or on the CPU, has no kind of its own
-            if not isinstance(e, MemoryError) and not re.search("allocate|ALLOC_FAILED", str(e)):
+            if isinstance(e, RuntimeError) and not re.search("allocate|ALLOC_FAILED", str(e)):
                 raise
             line, status = f"{brief(e)[:100]}; {relief(args)}", 2
         finally:
@@ -171,8 +169,9 @@ def relief(args):
     """What to try where the memory is too small for `args`."""
     ranks, batch, accum = int(os.environ.get("WORLD_SIZE", 1)), getattr(args, "batch", 0), getattr(args, "accum", 1)
     parts = next((n for n in range(2 * accum, batch // ranks + 1) if batch % (ranks * n) == 0), 0)
-    return f"try --accum {parts}, or a smaller --batch or network" if parts and not args.resume else \
-        "try a smaller --batch or network, or more ranks with --shard"
+    if parts and not args.resume:
+        return f"try --accum {parts}, or a smaller --batch or network"
+    return "try a smaller --batch or network, or more ranks with --shard"
 
 
 def check_room(path, state):
@@ -185,15 +184,13 @@ def check_room(path, state):
     need = 3 * 4 * sum(numbers) - sum(os.path.getsize(f) for f in there if os.path.isfile(f))
     room = shutil.disk_usage(next(p for p in (path, *path.parents) if os.path.exists(p))).free
     if room < need:
-        raise BadInput(f"{path}: {room / 1e6:,.0f} MB are free there, and three checkpoints of this run take "
-                       f"{need / 1e6:,.0f}; name another --out")
+        raise BadInput(f"{path}: {room >> 20:,} MiB free, three checkpoints take {need >> 20:,}; name another --out")
 
 
 # ---- config.json ---------------------------------------------------------------------------------
 def write_config(folder, args, asked, file, data, **about):
-    """Write config.json, and copy the script `file` and common/ into source/ if that is not there yet.
-
-    args: the flags as the run uses them; asked: as they were given, before the teacher and the method settled some."""
+    """Write config.json, and copy the script `file` and common/ into source/ if that is not there yet. args: the flags
+    as the run uses them; asked: as they were given, before the teacher and the method settled some."""
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
     old = config_of(folder)["about"] if args.resume else dict(asked=dataclasses.asdict(asked))
     about = old | dict(script=script(file), argv=sys.argv, commit=commit.stdout.strip(), torch=torch.__version__,
@@ -215,8 +212,8 @@ def write_config(folder, args, asked, file, data, **about):
 # ---- checkpoints ---------------------------------------------------------------------------------
 def save(folder, ckpt, keep):
     """Write ckpt.pt so that a kill at any moment leaves a loadable run; the one before it becomes ckpt.prev.pt."""
-    tmp, (file, *_) = folder / "ckpt.tmp", MINE.held.get(folder.resolve(), [None])
-    if file and not ours(file, folder):
+    tmp, held = folder / "ckpt.tmp", MINE.held.get(folder.resolve())
+    if held and not ours(held[0], folder):
         raise BadInput(f"{folder} was moved or replaced while this run wrote there; nothing is written into another's")
     try:
         with open(tmp, "wb") as f:
@@ -279,8 +276,7 @@ def load(path):
 def restore(folder, state, data, shard, keep):
     """Load a run's newest checkpoint into `state`; return its step. BadInput where it or `data` does not fit."""
     if config_of(folder)["about"]["data_sha256"] != data.sha256:
-        raise BadInput(f"--resume {folder}: {data.name} does not hold the images that this run began with; say with "
-                       "--dataset where they are")
+        raise BadInput(f"--resume {folder}: {data.name} does not hold the images of this run; say with --dataset where")
     try:
         agree(lambda: intact(folder / "ckpt.tmp") and settle(folder, keep))
         ckpt = load(folder)
@@ -298,8 +294,8 @@ def restore(folder, state, data, shard, keep):
 def full(tree):
     """Gather every sharded tensor of a state dict on the CPU: one format, sharded run or not. All ranks take part."""
     def whole(v):
-        return v.full_tensor() if hasattr(v, "full_tensor") else v
-    return tree_map(lambda v: whole(v).cpu() if torch.is_tensor(v) else v, tree)
+        return (v.full_tensor() if hasattr(v, "full_tensor") else v).cpu()
+    return tree_map_only(torch.Tensor, whole, tree)
 
 
 def shard_like(saved, owner):

@@ -9,7 +9,6 @@ from common.flags import BadInput
 from common.precond import EDM, TrigFlow
 from common.unet import UNet
 
-SIDE = 4096                       # pixels a side of a network's images
 NETS = dict(ddpmpp=UNet, ncsnpp=UNet, adm=UNet, dit=DiT)
 
 
@@ -17,10 +16,9 @@ def build(spec, dtype=torch.float32):
     """The untrained network that `spec` describes: the `spec` of an EDM or TrigFlow, kept in every checkpoint. Raises
     ValueError, or whatever else a spec leads to that is none."""
     kwargs, sd, t_min = spec["kwargs"], float(spec["sd"]), float(0 if spec["flow"] == "trig" else spec["t_min"])
-    if not (0 < sd < math.inf and 0 <= t_min < math.inf and 0 <= kwargs["dropout"] < 1):
-        raise ValueError("its sd, t_min or dropout is none")
-    if not 0 < kwargs["size"] <= SIDE or not 0 <= kwargs["classes"] < 2**31:
-        raise ValueError(f"images of {kwargs['size']} pixels a side, {kwargs['classes']} classes")
+    if not (0 < sd < math.inf and 0 <= t_min < math.inf and 0 <= kwargs["dropout"] < 1
+            and 0 < kwargs["size"] <= 4096 and 0 <= kwargs["classes"] < 2**31):
+        raise ValueError("its sd, t_min, dropout, size or classes is that of no network")
     model = NETS[spec["net"]](**kwargs)
     if spec["flow"] == "trig":
         return TrigFlow(model, sd, spec["raw"], dtype)
@@ -29,10 +27,8 @@ def build(spec, dtype=torch.float32):
 
 def backbone(args, data, teacher=None, **more):
     """The raw network F that the flags describe, or a copy of the teacher's; in either case with the run's own dropout.
-
-    `more` are keywords of a U-Net that have no flag. With --flow trig a U-Net gets sCM's changes, which make it
-    smooth in the noise level, because the loss contains the derivative with respect to it. Raises BadInput where flags
-    and images do not fit each other."""
+    `more`: keywords of a U-Net that have no flag. With --flow trig it gets sCM's changes, which make it smooth in the
+    noise level: that loss contains the derivative with respect to it. BadInput where flags and images do not fit."""
     _, channels, size, _ = data.images.shape
     if teacher is not None:
         kwargs = dict(teacher.model.kwargs, dropout=args.dropout, augment_dim=0)

@@ -1,12 +1,10 @@
 """One training run: its device and ranks, random numbers, gradients over the ranks, log, signals.
 
 A method's main() makes one `Run` and calls, in this order: seed and place while it builds its networks; start, which
-makes the run folder or restores it; then, each step, seed, batch, count, sync, log; where due says so, save and
-evaluate; at last finish. Nothing in here knows which method is running."""
+makes the run folder or restores it; each step seed, batch, count, sync, log; when due, save and evaluate; finish."""
 import atexit
 import dataclasses
 import json
-import math
 import os
 import shlex
 import signal
@@ -21,7 +19,7 @@ from tqdm import tqdm
 
 from common import evaluate, fid, folder
 from common.data import mix
-from common.flags import BadInput, check_bounds, config_of, device_of, memory, say, script
+from common.flags import BadInput, check_bounds, device_of, memory, say, script
 
 clock = time.perf_counter         # never goes back
 
@@ -43,11 +41,12 @@ class Run:
             torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = args.tf32
         if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-            backend = dict(backend="nccl", device_id=self.device) if dev == "cuda" else dict(backend="gloo")
-            dist.init_process_group(**backend)
+            backend, device = ("nccl", self.device) if dev == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, device_id=device)
             atexit.register(dist.destroy_process_group)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.args, self.asked, self.file, self.skips, self.about = args, args, file, 0, {}    # for config.json
+        self.args, self.asked, self.file, self.skips = args, args, file, 0
+        self.about = dict(ranks=self.world, device=self.device_name)      # for config.json, beside the flags
         self.signum = self.stopping = 0                   # the signal that this rank got; that any rank got
         self.evaluating, self.evaluated = False, -1       # now; the last step that was
         self.edges = torch.logspace(-2, 2, 7).to(self.device)   # of the 8 bins of the noise level in log.jsonl
@@ -56,8 +55,7 @@ class Run:
     def check(self, args):
         """Refuse what no flag's own type and bounds can: values that do not fit each other. Raises BadInput."""
         check_bounds(args)
-        parts = self.world * args.accum
-        if args.batch % parts:
+        if args.batch % (self.world * args.accum):
             raise BadInput(f"--batch {args.batch} must be a multiple of ranks x --accum = {self.world} x {args.accum}")
         if args.ch % 4:
             raise BadInput(f"--ch {args.ch} must be a multiple of 4")
@@ -77,9 +75,9 @@ class Run:
 
     # ---- randomness ------------------------------------------------------------------------------
     def seed(self, it, part=0, stream=0):
-        """Seed torch for step `it`. Everything random in it follows from (seed, rank, it, part), so a resumed run draws
-        the same numbers, and a dropout mask can be replayed. `stream` keeps uses apart (0: noise, 1: dropout): a mask
-        never reuses the numbers of the noise. A negative `it` gives the same numbers on every rank."""
+        """Seed torch for step `it`: all that is random in it follows from (seed, rank, it, part), so that a resumed run
+        draws the same numbers. `stream` keeps uses apart (0: noise; 1: dropout, whose mask can be replayed and never
+        reuses the numbers of the noise). A negative `it` gives the same numbers on every rank."""
         torch.manual_seed(mix(self.args.seed, self.rank if it >= 0 else -1, it, part, stream))
 
     def batch(self, data, it, part=0):
@@ -92,17 +90,17 @@ class Run:
     # ---- start -----------------------------------------------------------------------------------
     def place(self, net):
         """Move a network to the device; with --shard, split its weights over the ranks (FSDP2)."""
-        layout = torch.contiguous_format if self.args.shard else torch.channels_last  # FSDP2 takes no other
-        net = net.to(self.device, memory_format=layout)
-        if self.args.shard:
-            from torch.distributed.device_mesh import init_device_mesh   # a second of start-up, which others save
-            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-            mesh = init_device_mesh(self.device.type, (self.world,))
-            for block in [m for m in net.modules() if type(m).__name__.endswith("Block")]:
-                fully_shard(block, mesh=mesh)
-            fully_shard(net, mesh=mesh, reshard_after_forward=True)       # ema never runs backward, which would reshard
-            for name in {"F", "weigh"} & set(dir(net)):   # methods beside forward also need gathered weights
-                register_fsdp_forward_method(net, name)
+        if not self.args.shard:
+            return net.to(self.device, memory_format=torch.channels_last)
+        from torch.distributed.device_mesh import init_device_mesh       # a second of start-up, which others save
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        net = net.to(self.device, memory_format=torch.contiguous_format)  # FSDP2 takes no other
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for block in [m for m in net.modules() if type(m).__name__.endswith("Block")]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(net, mesh=mesh, reshard_after_forward=True)           # ema never runs backward, which would reshard
+        for name in {"F", "weigh"} & set(dir(net)):       # methods beside forward also need gathered weights
+            register_fsdp_forward_method(net, name)
         return net
 
     def start(self, state, data):
@@ -118,8 +116,7 @@ class Run:
         count, left = sum(p.numel() for p in state["net"].parameters()), max(a.iters - it, 0)
         if self.rank == 0:
             evaluate.cut_logs(self.dir, it)
-            folder.write_config(self.dir, a, self.asked, self.file, data, ranks=self.world, device=self.device_name,
-                                parameters=count, **self.about)
+            folder.write_config(self.dir, a, self.asked, self.file, data, parameters=count, **self.about)
         folder.free(a.out)                                # taken by teacher.locate, until others can see this config
         self.began, self.start_it, self.logged = clock(), it, (clock(), it)
         self.spent = {"evaluation": 0.0, "saves": 0.0, "start-up": self.began - Run.others - self.born}  # seconds
@@ -135,8 +132,8 @@ class Run:
             f"  network   {a.net}, {count / 1e6:.2f} M parameters\n"
             f"  training  {left:,} steps x {a.batch} images = {left * a.batch / 1e6:.3g} M images\n"
             f"  device    {self.device_name} x {self.world}")
-        self.bar = tqdm(total=a.iters, initial=it, disable=self.rank != 0, dynamic_ncols=True,
-                        desc=self.dir.name, mininterval=0.5)
+        self.bar = tqdm(desc=self.dir.name, total=a.iters, initial=it, disable=self.rank > 0, dynamic_ncols=True,
+                        mininterval=0.5)
         return it
 
     def on_signal(self, signum, frame):
@@ -163,11 +160,10 @@ class Run:
         self.scalars, self.step = {}, []                        # {name: (sum, number)}; the stats of this step
 
     def sync(self, opt, it):
-        """Average the gradients of the optimiser's parameters over the ranks, in one flat all-reduce.
-
-        False if a loss or gradient of any rank is not finite: the caller skips the update, and after --max-skips
-        such steps this raises FloatingPointError on all ranks. DistributedDataParallel is not used: its hooks are
-        skipped without a message when the module underneath is called or differentiated forward."""
+        """Average the gradients of the optimiser's parameters over the ranks, in one flat all-reduce. False if a loss
+        or gradient of any rank is not finite: the caller skips the update; after --max-skips such steps this raises
+        FloatingPointError on all ranks. DistributedDataParallel is not used: its hooks are skipped without a message
+        when the module underneath is called or differentiated forward."""
         grads = [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
         local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
         t, loss = (torch.cat([s[k].flatten().float() for s in self.step]) for k in ("t", "loss"))
@@ -211,17 +207,17 @@ class Run:
         """Advance the bar; every --log-every steps write one line, averaged over steps and ranks, to log.jsonl."""
         self.bar.update()
         if it == self.start_it + 20:
-            left = (clock() - self.began) / 20 * (self.args.iters - it)
+            left = (clock() - self.spent["evaluation"] - self.began) / 20 * (self.args.iters - it)
             end = time.strftime("%H:%M, ", time.localtime(time.time() + left)) if left < 1e9 else ""
             say(f"  expected end of training: {end}in {left / 60:,.0f} min, evaluation not counted")
         if it % self.args.log_every and it != self.args.iters:
             return
         names = sorted(self.scalars)
-        means = [torch.as_tensor(total / n, device=self.device).float() for total, n in map(self.scalars.get, names)]
-        v = torch.cat([self.sums.flatten(), torch.stack(means)]) if names else self.sums.flatten()
+        means = [(total / n).to(self.sums) for total, n in map(self.scalars.get, names)]
+        v = torch.stack([*self.sums.flatten(), *means])
         if self.world > 1:
             dist.all_reduce(v)
-        v, now = v.tolist(), clock()
+        v, now = v.tolist(), clock() - self.spent["evaluation"]
         if not any(v[8:16]):                                    # every step was skipped
             return
         speed = (it - self.logged[1]) * self.args.batch / max(now - self.logged[0], 1e-9)     # a clock may stand still
@@ -272,9 +268,8 @@ class Run:
         start, self.evaluating = clock(), True
         self.obey()                                       # what came since save()
         evaluate.evaluate(self, it, data, draw, steps, **how)
-        self.evaluating, self.evaluated, spent = False, it, clock() - start
-        self.began, self.logged = self.began + spent, (self.logged[0] + spent, self.logged[1])
-        self.spent["evaluation"] += spent
+        self.evaluating, self.evaluated = False, it
+        self.spent["evaluation"] += clock() - start
 
     def finish(self, it, data, draw, steps, **how):
         """Evaluate if the last step was not, print the table, return {"run": folder, "fd_pixels_2step": value, ..}."""
@@ -287,10 +282,10 @@ class Run:
         total = max(clock() - Run.others - self.born, 1e-9)
         Run.others += total
         shares = ", ".join(f"{k} {v / total:.1%}" for k, v in self.spent.items())
-        say("\n".join(filter(None, [
-            evaluate.verdict(self.dir) if self.rank == 0 else "", f"{total / 60:.1f} min, of which {shares}",
-            f"grids in {self.dir / 'samples'}, weights in {self.dir / 'ckpt.pt'}",
-            f"curves, or beside other runs: python -m common.compare {shlex.quote(str(self.dir))}"])))
+        lines = [evaluate.verdict(self.dir) if self.rank == 0 else "", f"{total / 60:.1f} min, of which {shares}",
+                 f"grids in {self.dir / 'samples'}, weights in {self.dir / 'ckpt.pt'}",
+                 f"curves, also beside other runs: python -m common.compare {shlex.quote(str(self.dir))}"]
+        say("\n".join(filter(None, lines)))
         self.obey()                                       # of a teacher: its student is not to begin
         return result
 

@@ -14,7 +14,6 @@ Deviations from the paper
     GPUs multiply in TF32. The presets fast, small and digits are ours; they do not augment.
 """
 import time
-from collections import namedtuple
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,13 +191,12 @@ SAME = ("dataset", "data_dir", "out", "device", "seed", "cond", "size", "flow", 
 MATCH = ("cond", "flow", "net", "ch", "mult", "blocks", "attn", "sd")  # what a teacher found under --out must share
 RECIPE = ("lr", "ema", "dropout", "flip", "augment", "label_dropout", "P_mean", "P_std")      # what it had better share
 SECONDS = 5.0                                             # between two looks at a folder that another job has
-Found = namedtuple("Found", "folder diffuses")            # a run folder or None; is it a denoiser, or an f(x, t)?
 
 
 def get(args, data, run, needed=False):
-    """The network that --teacher names, trained first if missing; what `show` needs to know; changes to args: its path
-    and architecture. needed: the loss uses the teacher too, not only the start. Returns (None, None, {}) with
-    `--teacher none`, and for a resumed run that does not need it. Raises BadInput."""
+    """The network that --teacher names, trained first if missing; its path, for `show`, if it is a diffusion model;
+    changes to args: its path and architecture. (None, None, {}) with `--teacher none`, and for a resumed run that does
+    not need it. needed: the loss uses the teacher too, not only the start. Raises BadInput."""
     if args.teacher == "none" and needed:
         raise BadInput("--teacher none: there is nothing to distil; name a teacher, or leave the flag out")
     if args.resume and typed(run.asked, "teacher") and (not needed or args.teacher in ("auto", "train")):
@@ -207,29 +205,29 @@ def get(args, data, run, needed=False):
         return None, None, {}
     if args.resume and folder.load(args.resume).get("it", 0) >= args.iters:
         return load(args.resume, run.device), None, {}    # any network of this shape: no step is left that would use it
-    path = locate(args, data, run)
+    path = Path(locate(args, data, run))
     net = load(path, run.device)
     sha256 = run.about["teacher_sha256"] = evaluate.sha256(net.state_dict())
     if args.resume and sha256 != config_of(args.resume)["about"].get("teacher_sha256", sha256):   # new in config.json
-        raise BadInput(f"the teacher {path} is not the one that this run began with, or was trained further; "
-                       "say with --teacher where that is")
+        raise BadInput(f"the teacher {path} is not the one of this run, or was trained further; name it with --teacher")
     its, mine = net.model.kwargs, (args.sd, *data.images.shape[1:3], data.classes if args.cond else 0)
     theirs = (net.sd, its["channels"], its["size"], its["classes"])
     if mine != theirs:
         raise BadInput(f"the teacher {path} has (sd, channels, size, classes) = {theirs}, not {mine}; name another one")
-    raw = getattr(net, "raw", "edm")                      # the flow that its raw network was made for
     if not hasattr(args, "flow") and net.spec["flow"] != "edm":
         raise BadInput(f"the teacher {path} is a TrigFlow model, where only methods with --flow start; name another")
-    found = Found(Path(path) if Path(path).is_dir() else None, evaluate.is_diffusion(net, Path(path)))
-    if needed and not found.diffuses:
+    diffuses = evaluate.is_diffusion(net, path)
+    if needed and not diffuses:
         raise BadInput(f"the teacher {path} is a consistency model, which has no ODE to follow; name a diffusion model")
-    old, _, done = evaluate.standing(found.folder, Args) if found.folder else (None, None, 0)
+    old, _, done = evaluate.standing(path, Args)          # nothing of a single file
     if needed and old and done < old.iters:               # --resume would look for it as it is now
         raise BadInput(f"the teacher {path} has {done:,} of its {old.iters:,} steps; finish it, or copy its ckpt.pt")
     say(f"teacher: {path}{evaluate.described(path)}")
     changes = {k: its[k] for k in ("net", "ch", "mult", "blocks", "attn")}
-    changes |= dict(teacher=str(Path(path).resolve()))    # a resumed run may start from another folder
-    return net, found, changes | (dict(flow=raw) if hasattr(args, "flow") else {})
+    changes["teacher"] = str(path.resolve())              # a resumed run may start from another folder
+    if hasattr(args, "flow"):
+        changes["flow"] = getattr(net, "raw", "edm")      # the one that its raw network was made for
+    return net, path if diffuses else None, changes
 
 
 def locate(args, data, run):
@@ -266,11 +264,10 @@ def wish(args, run, quiet=True):
 def adopt(args, data, run):
     """The newest teacher under --out that matches what this command would train, with at least as many steps, or None.
     The training of one that was stopped is continued; one that was finished with fewer steps is left as it is."""
-    want = wish(args, run)
-    stem = folder.stem_of("teacher", data.name)
-    for path in folder.agree(lambda: [p for p in folder.numbered(args.out, stem)[::-1] if p.is_dir()]):
+    want, stem = wish(args, run), folder.stem_of("teacher", data.name)
+    match = (*MATCH, "batch") if typed(run.asked, "batch") else MATCH
+    for path in folder.agree(lambda: [p for _, p in folder.numbered(args.out, stem)[::-1] if p.is_dir()]):
         old, about, done = folder.agree(lambda: evaluate.standing(path, Args))   # which may change meanwhile
-        match = MATCH + (("batch",) if typed(run.asked, "batch") else ())
         if old and (about["data_sha256"] != data.sha256 or any(getattr(old, k) != getattr(want, k) for k in match)):
             continue
         unfinished = not old or done < old.iters
@@ -290,29 +287,25 @@ def adopt(args, data, run):
             folder.free(path)
             say(f"the teacher {path} is {why}; it is not used")
             continue
-        odd = {k: getattr(old, k) for k in RECIPE if getattr(old, k) != getattr(want, k)}
-        if odd:
+        if odd := {k: getattr(old, k) for k in RECIPE if getattr(old, k) != getattr(want, k)}:
             say(f"the teacher {path} was trained otherwise than by this command: {odd}")
         if unfinished:
             folder.free(args.out)
             say(f"the teacher {path} was stopped after {done:,} steps; its training goes on")
-            where = [w for k in ("device", "data_dir", "dataset") for w in (f"--{k}", getattr(args, k))]
-            main(parse(Args, PRESETS, ["--resume", str(path), *where, "--iters", str(max(old.iters, want.iters))]))
+            here = dict(resume=str(path), device=args.device, data_dir=args.data_dir, dataset=args.dataset)
+            main(replace(old, iters=max(old.iters, want.iters), **here))
         return str(path)
 
 
-def show(teacher, found, run, data):
+def show(teacher, path, run, data):
     """Put the teacher's figures and grid beside the run's own: those of its folder, or measured now."""
-    if teacher is None or run.args.resume or not found.diffuses:
+    if path is None or run.args.resume:
         return
-    its, about, _ = evaluate.standing(found.folder, Args) if found.folder else (None, None, 0)
-    if about and about["data_sha256"] == data.sha256 and evaluate.adopt(run, found.folder):
+    its, about, _ = evaluate.standing(path, Args)
+    if about and about["data_sha256"] == data.sha256 and evaluate.adopt(run, path):
         return
     its = its or Args()
-
-    def draw(noise, y):
-        return sample(teacher, noise, y, its)
-    run.evaluate(0, data, draw, [its.steps], net="teacher")
+    run.evaluate(0, data, lambda noise, y: sample(teacher, noise, y, its), [its.steps], net="teacher")
 
 
 if __name__ == "__main__":

@@ -61,8 +61,7 @@ class Data:
     @cached_property
     def sha256(self):
         """Of the bytes of images [N, C, H, W] and labels: what config.json knows the data by."""
-        images, labels = self.images.cpu().numpy(), self.labels.cpu().numpy()
-        return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+        return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in (self.images, self.labels))).hexdigest()
 
 
 @lru_cache(maxsize=2)         # a step may straddle two epochs
@@ -74,9 +73,8 @@ def shuffled(size, seed, epoch, device):
 # ---- reading -------------------------------------------------------------------------------------
 def load(name, data_dir="data", size=0, device="cpu"):
     """The data set `name`: digits | mnist | fashion_mnist | cifar10, with -test: its test images | a folder or .zip of
-    images, also in EDM's format | an image | a .npz. Downloads stay in `data_dir`. `size`, pixels a side, is for images,
-    folders and .zip files; 0 stands for 32, or in EDM's format for the size of its images; None for the one size of
-    all. Raises BadInput."""
+    images, also in EDM's format | an image | a .npz. `size`, pixels a side, is for images, folders and .zip files; 0:
+    32, or in EDM's format the size of its images; None: the one size of all. Raises BadInput."""
     path, base, names = Path(os.path.expanduser(name)), name.removesuffix("-test"), None
     if name == "digits":
         path = Path(__file__).with_name("digits.npz")
@@ -101,8 +99,8 @@ def load(name, data_dir="data", size=0, device="cpu"):
     classes = 0 if labels is None else int(labels.max()) + 1
     labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels.astype(int))
     images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # as a view: channels_last
-    names = names or [str(i) for i in range(classes)]
-    return Data(printable(name)[:50], images, labels.to(device, torch.int64), classes, names)
+    labels, names = labels.to(device, torch.int64), names or [*map(str, range(classes))]
+    return Data(printable(name)[:50], images, labels, classes, names)
 
 
 def from_npz(file):
@@ -220,8 +218,7 @@ def edm_labels(path, files, opened):
 
 
 def pictures(path, files, opened, size):
-    """uint8 [N,size,size,C] of image files, C = 1 if all are grey, and the (width, height) that each had. BadInput names
-    broken ones."""
+    """uint8 [N,size,size,C] of image files, C = 1 if all are grey, and each one's (width, height). Raises BadInput."""
     try:
         images, bad = np.empty((len(files), size, size, 3), np.uint8), []
     except MemoryError as error:

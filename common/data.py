@@ -31,8 +31,7 @@ say_once = lru_cache(maxsize=None)(say)                     # a run and its teac
 
 def mix(*ints):
     """One 63-bit seed from several integers; neighbouring inputs give unrelated seeds."""
-    digest = hashlib.blake2b(repr(ints).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(hashlib.blake2b(repr(ints).encode(), digest_size=8).digest(), "little") >> 1
 
 
 @dataclass
@@ -46,8 +45,8 @@ class Data:
     def batch(self, it, n, seed=0, flip=False, part=0, parts=1):
         """Images [n/parts, C, H, W] in [-1, 1] and labels [n/parts]: slice `part` of step `it`.
 
-        The step takes images [it n, (it + 1) n) of an endless sequence of shuffled epochs. They
-        and their flips follow from (seed, it), whatever `parts` (ranks x --accum) is."""
+        The step takes images [it n, (it + 1) n) of an endless sequence of shuffled epochs. They and their flips follow
+        from (seed, it), whatever `parts` (ranks x --accum) is."""
         size, device, count = len(self.images), self.images.device, n // parts
         start = it * n + part * count                                 # place in the sequence
         epochs = range(start // size, (start + count - 1) // size + 1)
@@ -55,16 +54,14 @@ class Data:
         x = self.images[i]
         if flip:
             g = torch.Generator().manual_seed(mix(seed, 1, it))           # not the global one
-            heads = torch.rand(n, generator=g)[part * count:][:count] < 0.5
-            heads = heads.view(-1, 1, 1, 1).to(device, non_blocking=True)       # no host sync
-            x = torch.where(heads, x.flip(-1), x)
+            heads = torch.rand(n, 1, 1, 1, generator=g)[part * count:][:count] < 0.5
+            x = torch.where(heads.to(device, non_blocking=True), x.flip(-1), x)         # no host sync
         return x.float() / 127.5 - 1, self.labels[i]
 
     @cached_property
     def sha256(self):
         """Of the bytes of images [N, C, H, W] and labels: what config.json knows the data by."""
-        images, labels = self.images.cpu().numpy(), self.labels.cpu().numpy()
-        return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+        return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in (self.images, self.labels))).hexdigest()
 
 
 @lru_cache(maxsize=2)         # a step may straddle two epochs
@@ -75,10 +72,9 @@ def shuffled(size, seed, epoch, device):
 
 # ---- reading -------------------------------------------------------------------------------------
 def load(name, data_dir="data", size=0, device="cpu"):
-    """The data set `name`: digits | mnist | fashion_mnist | cifar10, with -test: its test images |
-    a folder or .zip of images, also in EDM's format | an image | a .npz. Downloads stay in
-    `data_dir`. `size`, pixels a side, is for images, folders and .zip files; 0 stands for 32, or
-    in EDM's format for the size of its images; None for the one size of all. Raises BadInput."""
+    """The data set `name`: digits | mnist | fashion_mnist | cifar10, with -test: its test images | a folder or .zip of
+    images, also in EDM's format | an image | a .npz. `size`, pixels a side, is for images, folders and .zip files; 0:
+    32, or in EDM's format the size of its images; None: the one size of all. Raises BadInput."""
     path, base, names = Path(os.path.expanduser(name)), name.removesuffix("-test"), None
     if name == "digits":
         path = Path(__file__).with_name("digits.npz")
@@ -94,18 +90,17 @@ def load(name, data_dir="data", size=0, device="cpu"):
     elif os.path.isfile(path) and path.suffix.lower() == ".npz":
         images, labels = from_npz(path)
         if size not in (None, 0, images.shape[1]):
-            raise BadInput(f"{printable(name)} has images of {images.shape[1]} pixels a side; "
-                           "leave --size out")
+            raise BadInput(f"{printable(name)} has images of {images.shape[1]} pixels a side; leave --size out")
         name = path.stem
     else:
         such = "" if os.path.exists(path) else "such "
-        raise BadInput(f"{printable(name[-200:])} is no {such}folder of images, .zip, .npz or "
-                       f"picture, nor one of {', '.join(DATASETS)}{meant(name, DATASETS)}")
+        raise BadInput(f"{printable(name[-200:])} is no {such}folder of images, .zip, .npz or picture, nor one of "
+                       f"{', '.join(DATASETS)}{meant(name, DATASETS)}")
     classes = 0 if labels is None else int(labels.max()) + 1
     labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels.astype(int))
     images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # as a view: channels_last
-    names = names or [str(i) for i in range(classes)]
-    return Data(printable(name)[:50], images, labels.to(device, torch.int64), classes, names)
+    labels, names = labels.to(device, torch.int64), names or [*map(str, range(classes))]
+    return Data(printable(name)[:50], images, labels, classes, names)
 
 
 def from_npz(file):
@@ -125,32 +120,30 @@ def from_npz(file):
                                    or not 0 <= labels.min() <= labels.max() < max(n, 1000)):
             raise ValueError(f"labels, {labels.dtype} {labels.shape}, reach {labels.max()}")
     except Exception as error:                                        # zip, zlib, numpy, ours
-        raise BadInput(f"{printable(file)}: {brief(error)}; expected square images, uint8 "
-                       "[N,H,W] or [N,H,W,C], C 1 or 3, and labels, if any, integers [N]: number "
-                       "the classes 0, 1, 2, ..")
+        raise BadInput(f"{printable(file)}: {brief(error)}; expected square images, uint8 [N,H,W] or [N,H,W,C], C 1 "
+                       "or 3, and labels, if any, integers [N]: number the classes 0, 1, 2, ..")
     return images.reshape(n, h, w, c), labels
 
 
 # ---- folders, .zip files, pictures ---------------------------------------------------------------
 def from_files(path, size):
-    """Images uint8 [N, size, size, C] of a folder, a .zip or one picture, labels [N] or None, and
-    the names of the classes. Says what was read, skipped and resized. Raises BadInput."""
+    """Images uint8 [N, size, size, C] of a folder, a .zip or one picture, labels [N] or None, and the names of the
+    classes. Says what was read, skipped and resized. Raises BadInput."""
     found, opened = contents(path)
     files, edm = [f for f in found if f.lower().endswith(ENDINGS)], INDEX in found
-    skipped = [f for f in found if not f.lower().endswith(ENDINGS) and f != INDEX]
+    skipped = sorted({*found} - {*files, INDEX})
     if not files:
         raise BadInput(f"{printable(path)}: no images {ENDINGS}, but {endings(skipped)}")
     labels, names = edm_labels(path, files, opened) if edm else class_folders(path, files)
     lost = {f.split("/")[0] for f in skipped if "/" in f} - set(names) if names and not edm else ()
     stored = size is None                                             # for a measurement
     with suppress(Exception), opened(files[0]) as file, Image.open(file, formats=FORMATS) as im:
-        size = size or (edm or stored) and im.width == im.height and im.width     # or `pictures` ..
-    if not 0 < (size := size or 32) <= 1024:                          # .. names broken ones
+        size = size or (edm or stored) and im.width == im.height and im.width     # `pictures` names broken ones
+    if not 0 < (size := size or 32) <= 1024:
         raise BadInput(f"{printable(path)}: {size} pixels a side; give a --size of 1 .. 1024")
     images, sizes = pictures(path, files, opened, size)
     if stored and set(sizes) != {(size, size)}:
-        raise BadInput(f"{printable(path)}: its images are not square and of one size; --size N "
-                       "makes them so")
+        raise BadInput(f"{printable(path)}: its images are not square and of one size; --size N makes them so")
     report(path, skipped, names, sorted(lost), sizes, size)
     return images, labels, names
 
@@ -170,8 +163,8 @@ def walk(top):
 
 
 def contents(path):
-    """The files of a folder, a .zip or, if it is a picture, that one: their names, sorted, without
-    hidden ones, and a function that opens a name for reading. Raises BadInput."""
+    """The files of a folder, a .zip or, if it is a picture, that one: their names, sorted, without hidden ones, and a
+    function that opens a name for reading. Raises BadInput."""
     def opened(f):
         file = path / f if path.is_dir() else path
         if not file.is_file():                                        # a pipe may wait for ever
@@ -192,18 +185,20 @@ def contents(path):
 
 def class_folders(path, files):
     """Labels [N] and names: of the folders at the top, 2 before 10; or (None, []). BadInput."""
-    tops = [f.split("/")[0] if "/" in f else "" for f in files]
+    tops = [f.rpartition("/")[0].split("/")[0] for f in files]
     names = sorted(set(tops), key=lambda s: (re.sub("[0-9]+", lambda d: d[0].zfill(30), s), s))
-    if "" in names and len(names) > 1:
-        raise BadInput(printable(f"{path}: {files[tops.index('')]:.200} lies beside folders; sort "
-                                 "all images into folders, which are the classes, or none"))
+    if names == [""]:
+        return None, []
+    if "" in names:
+        raise BadInput(printable(f"{path}: {files[tops.index('')]:.200} lies beside folders; sort all images into "
+                                 "folders, which are the classes, or none"))
     label = {name: i for i, name in enumerate(names)}
-    return (None, []) if "" in names else (np.array([label[top] for top in tops]), names)
+    return np.array([label[top] for top in tops]), names
 
 
 def edm_labels(path, files, opened):
-    """Labels [N] and the numbers as names, from dataset.json: {"labels": [["00000/a.png", 6], ..]};
-    (None, []) if it holds null. Raises BadInput."""
+    """Labels [N] and the numbers as names, from dataset.json: {"labels": [["00000/a.png", 6], ..]}; (None, []) if it
+    holds null. Raises BadInput."""
     try:
         with opened(INDEX) as file:                                   # whose lines are short
             listed = dict(json.loads(file.read(2**20 + 1000 * len(files)))["labels"] or [])
@@ -213,18 +208,17 @@ def edm_labels(path, files, opened):
     except Exception as error:                                        # json's, zipfile's, ours
         raise BadInput(f"{printable(path)}: {INDEX} is not in EDM's format ({brief(error)})"
                        '; expected {"labels": [["00000/a.png", 6], ..]} or null; or rename it')
-    wrong = sorted(listed.keys() ^ set(files), key=str) if listed else []
-    if wrong:
+    if not listed:
+        return None, []
+    if wrong := sorted(listed.keys() ^ set(files), key=str):
         what = "has a label but is no image there" if wrong[0] in listed else "has no label"
-        raise BadInput(f"{printable(path)}: by {INDEX}, {wrong[0]!r:.200} {what} ({len(wrong):,} "
-                       "such files); each image needs a label, and each label an image")
-    labels = np.array([listed[f] for f in files]) if listed else None
-    return labels, [str(i) for i in range(labels.max() + 1)] if listed else []
+        raise BadInput(f"{printable(path)}: by {INDEX}, {wrong[0]!r:.200} {what} ({len(wrong):,} such files); each "
+                       "image needs a label, and each label an image")
+    return np.array([listed[f] for f in files]), [str(i) for i in range(max(listed.values()) + 1)]
 
 
 def pictures(path, files, opened, size):
-    """uint8 [N,size,size,C] of image files, C = 1 if all are grey, and the (width, height) that
-    each had. BadInput names broken ones."""
+    """uint8 [N,size,size,C] of image files, C = 1 if all are grey, and each one's (width, height). Raises BadInput."""
     try:
         images, bad = np.empty((len(files), size, size, 3), np.uint8), []
     except MemoryError as error:
@@ -242,8 +236,8 @@ def pictures(path, files, opened, size):
     with ThreadPoolExecutor() as pool, ThreadPoolExecutor(1) as alone:      # Pillow frees the GIL
         seen = list(pool.map(read, range(len(files))))
     if bad:
-        raise BadInput(f"{printable(path)}: {len(bad):,} of {len(files):,} images cannot be read; "
-                       f"remove or replace {', '.join(sorted(bad)[:3])}")
+        raise BadInput(f"{printable(path)}: {len(bad):,} of {len(files):,} images cannot be read; remove or replace "
+                       f"{', '.join(sorted(bad)[:3])}")
     grey, sizes = zip(*seen)
     return images[..., :1].copy() if all(grey) else images, sizes
 
@@ -270,10 +264,9 @@ def decode(file, size, alone=None):
 
 # ---- what was read -------------------------------------------------------------------------------
 def report(path, skipped, names, lost, sizes, size):
-    """Say how many images were read, which files and folders (`lost`) were not, the labels of the
-    classes, and what became of the (width, height); of a picture only the last, if it changed."""
-    counts = dict(shrunk=sum(min(s) > size for s in sizes),
-                  enlarged=sum(min(s) < size for s in sizes),
+    """Say how many images were read, which files and folders (`lost`) were not, the labels of the classes, and what
+    became of the (width, height); of a picture only the last, if it changed."""
+    counts = dict(shrunk=sum(min(s) > size for s in sizes), enlarged=sum(min(s) < size for s in sizes),
                   cropped=sum(w != h for w, h in sizes))
     done = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
     ends = min(sizes, key=math.prod), max(sizes, key=math.prod)
@@ -281,15 +274,17 @@ def report(path, skipped, names, lost, sizes, size):
     change = f"{own} -> {size}x{size}: {done or 'as stored'}"
     if path.is_file() and path.suffix.lower() in ENDINGS:
         return say_once(f"{printable(path.name)}: {change}") if done else None
-    labels = [f"{i} {name:.50}" for i, name in enumerate(names)]
-    labels[5:-1] = [".."] if len(labels) > 6 else labels[5:-1]
-    none = [f"{t:.50} ({endings(f for f in skipped if f.split('/')[0] == t)})" for t in lost[:3]]
-    say_once(f"{printable(path.resolve().name)}: {len(sizes):,} image{'s' * (len(sizes) > 1)} read"
-             + (f", {len(skipped):,} skipped ({endings(skipped)})" if skipped else "")
-             + (f"\n  labels    {printable(', '.join(labels))}" if names else "")
-             + (f"\n  no class  {printable(', '.join(none))}{', ..' * (len(lost) > 3)}: no image "
-                f"that is read" if lost else "")
-             + f"\n  size      {change}")
+    text = f"{printable(path.resolve().name)}: {len(sizes):,} image{'s' * (len(sizes) > 1)} read"
+    if skipped:
+        text += f", {len(skipped):,} skipped ({endings(skipped)})"
+    if names:
+        labels = [f"{i} {name:.50}" for i, name in enumerate(names)]
+        labels[5:-1] = [".."] if len(labels) > 6 else labels[5:-1]
+        text += f"\n  labels    {printable(', '.join(labels))}"
+    if lost:
+        none = [f"{t:.50} ({endings(f for f in skipped if f.split('/')[0] == t)})" for t in lost[:3]]
+        text += f"\n  no class  {printable(', '.join(none))}{', ..' * (len(lost) > 3)}: no image that is read"
+    say_once(f"{text}\n  size      {change}")
 
 
 def endings(files):

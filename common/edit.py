@@ -82,8 +82,7 @@ def slerp(a, b, w):
 
 # ---- files ---------------------------------------------------------------------------------------
 def read_images(name, size, channels, flag="--images"):
-    """A picture, a folder, a .zip or a .npz, made to fit the network: uint8 [N,C,H,W], and labels [N] or None. `flag`
-    is the one that named it. BadInput."""
+    """The images of a path, made to fit the network: uint8 [N,C,H,W], and labels [N] or None. Raises BadInput."""
     path = os.path.abspath(os.path.expanduser(name))      # not the data set of this name
     if not os.path.exists(path):
         raise BadInput(f"{flag} {printable(name[-200:])}: there is no such file or folder")

@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -66,15 +67,17 @@ def check(a):
     for flag, edits in FOR.items():
         if given(flag) and a.edit not in edits:
             raise BadInput(f"--{flag} is for --edit {' | '.join(edits)} alone; leave it out")
-    if not all(1 <= n <= LARGEST for n in (a.steps, a.n, a.batch) if n is not None):
-        raise BadInput(f"--steps, --n and --batch must be 1 .. {LARGEST:,}")
-    if a.find_ts and (given("t_mid", "ts", "edit", "out") or a.steps not in (None, 2)):
-        raise BadInput("--find-ts prints the best second level of two; leave out --steps, --t-mid, --ts, --edit, --out")
-    if a.fid and not a.find_ts:
-        raise BadInput("--fid is for --find-ts; to measure images, write them with --out some.npz, then "
-                       "python -m common.fid some.npz cifar10, or whatever they are to be compared with")
-    if given("ts") and given("steps", "t_mid", "sigma") or a.edit in EDITS and given("steps", "t_mid"):
-        raise BadInput("--ts gives all levels, to --edit as well; leave out --steps, --t-mid and --sigma beside it")
+    wrong = {
+        f"--steps, --n and --batch must be 1 .. {LARGEST:,}":
+            not all(1 <= n <= LARGEST for n in (a.steps, a.n, a.batch) if n is not None),
+        "--find-ts prints the best second level of two; leave out --steps, --t-mid, --ts, --edit, --out":
+            a.find_ts and (given("t_mid", "ts", "edit", "out") or a.steps not in (None, 2)),
+        "--fid is for --find-ts; to measure images, write them with --out some.npz; then python -m common.fid some.npz":
+            a.fid and not a.find_ts,
+        "--ts gives all levels, to --edit as well; leave out --steps, --t-mid and --sigma beside it":
+            given("ts") and given("steps", "t_mid", "sigma") or a.edit in EDITS and given("steps", "t_mid")}
+    for message in filter(wrong.get, wrong):
+        raise BadInput(message)
 
 
 def levels(a, t_max, t_min):
@@ -99,20 +102,18 @@ def images_of(a, args, size, channels):
     data = load(args.dataset, args.data_dir, args.size)
     if data.sha256 != config_of(folder_of(a.run))["about"]["data_sha256"]:
         raise BadInput(f"{data.name} no longer holds the images of this run; put them back, or see --data-dir")
-    if a.edit:
-        return data.images, data.labels
-    i = chosen(data, a.n or FD_IMAGES)                   # as in training, and with labels as frequent as there
+    i = slice(None) if a.edit else chosen(data, a.n or FD_IMAGES)     # those of the figures in training
     return data.images[i], data.labels[i]
 
 
 def labels_of(a, classes, own):
     """The labels to repeat: --classes, or the images' `own`, or all; None if the run has none. Raises BadInput."""
-    if a.classes and not classes:
-        raise BadInput("--classes: this run was not trained with --cond")
-    if classes and a.images and own is None and not a.classes:
-        raise BadInput(f"--images {a.images} has no labels, which this run needs; give --classes")
     if not classes:
+        if a.classes:
+            raise BadInput("--classes: this run was not trained with --cond")
         return None
+    if a.images and own is None and not a.classes:
+        raise BadInput(f"--images {a.images} has no labels, which this run needs; give --classes")
     labels = torch.tensor(a.classes or range(classes)) if a.classes or own is None else own
     if labels.min() < 0 or labels.max() >= classes:
         raise BadInput(f"--classes must lie in 0 .. {classes - 1}")
@@ -122,14 +123,12 @@ def labels_of(a, classes, own):
 def as_frequent(folder, n):
     """n labels as frequent as in the data of the run: always that of the class furthest behind, so that the first
     ones are the same for any n. None if config.json, of an older run, does not say how frequent they are."""
-    counts, labels = config_of(folder)["about"].get("images_per_class"), []
+    counts = config_of(folder)["about"].get("images_per_class")
     if counts is None:
         return None
-    if type(counts) is not list or not all(type(c) is int and 0 <= c < 2**31 for c in counts) or not any(counts):
-        raise BadInput(f"{folder}: images_per_class in its config.json is damaged; restore it")
-    counts, behind = torch.tensor(counts), torch.zeros(len(counts), dtype=torch.int64)
+    counts, labels, behind = torch.tensor(counts), [], 0
     for _ in range(n):
-        behind += counts
+        behind = behind + counts
         labels.append(int(behind.argmax()))
         behind[labels[-1]] -= counts.sum()
     return torch.tensor(labels)
@@ -162,17 +161,14 @@ def load_run(path, device="cpu"):
 
 def settle(a, method, args):
     """The run's flags with --steps, --t-mid and --data-dir of the command line in their place. Raises BadInput."""
-    own, stored = a.ts or a.find_ts or a.edit, args
-    args = replace(args, steps=a.steps or args.steps, data_dir=a.data_dir or args.data_dir)
-    if a.t_mid is not None and not hasattr(args, "t_mid"):
-        raise BadInput("--t-mid is for consistency models; this is a diffusion model, which has none")
-    if own and method is teacher:
-        raise BadInput("--ts, --find-ts and --edit are for consistency models; this is a diffusion model")
-    if getattr(args, "t_mid", 0) is None and (own or a.t_mid or args.steps != stored.steps):
-        raise BadInput(f"this run is sampled in its {stored.steps} steps alone, from edge to edge of its segments; "
+    own = a.ts or a.find_ts or a.edit
+    if own and method is teacher or a.t_mid is not None and not hasattr(args, "t_mid"):
+        raise BadInput("--ts, --t-mid, --find-ts and --edit are for consistency models; this is a diffusion model")
+    if getattr(args, "t_mid", 0) is None and (own or a.t_mid or a.steps not in (None, args.steps)):
+        raise BadInput(f"this run is sampled in its {args.steps} steps alone, from edge to edge of its segments; "
                        "leave out --ts, --find-ts, --edit, --t-mid and --steps")
-    if a.t_mid is not None:
-        args = replace(args, t_mid=a.t_mid)
+    given = {k: getattr(a, k) for k in ("steps", "t_mid", "data_dir")}
+    args = replace(args, **{k: v for k, v in given.items() if v not in (None, "")})
     check_bounds(args)
     return args
 
@@ -195,8 +191,7 @@ def main(argv=None):
     if a.edit == "colorize" and channels == 1:
         raise BadInput("--edit colorize: the images of this run are grey; take another run")
     real, own = images_of(a, args, size, channels) if a.edit in EDITS or a.find_ts else (None, None)
-    n = a.n or (64 if real is None else 16 if a.edit else FD_IMAGES)
-    n = n if real is None else min(n, len(real))
+    n = a.n or 64 if real is None else min(a.n or (16 if a.edit else FD_IMAGES), len(real))
     if classes and out.suffix.lower() != ".png" and not (a.edit or a.find_ts):
         own = as_frequent(folder_of(a.run), n)                    # an FID of these images compares them with the data
     labels = labels_of(a, classes, own)
@@ -208,40 +203,36 @@ def main(argv=None):
     def noise(i, k, more=0):
         return noise_of(i, k, (channels, size, size), device, a.seed + more)
 
-    def sample(z, y):
-        return quantise(edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args))
-
     def draw(make):
         """make(ids, labels) of all images, --batch at a time."""
         batch = min(a.batch, max(1, fid.NOISE // (k * channels * size**2)))
         batches = tqdm(torch.arange(n).split(batch), disable=n <= batch or a.find_ts)
         return torch.cat([make(i, None if labels is None else labels[i].to(device)).cpu() for i in batches])
 
-    def plain(i, y):
-        return sample(noise(i, k), y)
-
     def edited(i, y):
         z = noise(i, k)
         return quantise(torch.stack(edit.change(net, a.edit, real[i].to(z) / 127.5 - 1, z, y, ts, mask, patch), 1))
 
-    def between(i, y):
-        row, w = i // cols, (i % cols / (cols - 1)).to(device).view(-1, 1, 1, 1)
-        z = noise(2 * row, k)                                     # that of later steps stays the same
-        z[0] = edit.slerp(z[0], noise(2 * row + 1, 1)[0], w)
-        return sample(z, y)
+    def generated(i, y):
+        if a.edit:                                                # interpolate: a row from one image to the next
+            row, w = i // cols, (i % cols / (cols - 1)).to(device).view(-1, 1, 1, 1)
+            z = noise(2 * row, k)                                 # that of later steps stays the same
+            z[0] = edit.slerp(z[0], noise(2 * row + 1, 1)[0], w)
+        else:
+            z = noise(i, k)
+        return quantise(edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args))
 
     if a.find_ts:
-        data = load(args.dataset, args.data_dir, args.size, device) if a.fid else None
-
-        def score(images):
-            return fid.fid(data, images, args.data_dir) if a.fid else fd_pixels(real, images)
-        name = f"FID ({fid.MODE})" if a.fid else "FD (pixels)"
+        name, score = "FD (pixels)", partial(fd_pixels, real)
+        if a.fid:
+            data = load(args.dataset, args.data_dir, args.size, device)
+            name, score = f"FID ({fid.MODE})", partial(fid.fid, data, data_dir=args.data_dir)
         return find(name, score, a.run, net, t_max, draw, noise, getattr(args, "t_mid", None))
     if a.edit in EDITS:
         seen, images = draw(edited).unbind(1)
         sheet = torch.cat([real[:n], seen, images])
     else:
-        images = sheet = draw(between if a.edit else plain)
+        images = sheet = draw(generated)
     write(images, labels, out, sheet, cols)
     steps = len(ts) if ts else args.steps
     print(f"{n} images in {steps} step{'s' * (steps > 1)}: {out}")
@@ -252,35 +243,34 @@ def find(name, score, path, net, t_max, draw, noise, t_mid):
     """Search the second noise level of two for the lowest score(images), with the same noise at every level. Print
     whether it is better than the run's own t_mid by more than the noise alone changes it: two standard deviations of
     the scores of four seeds."""
-    tried = {}
-
     def start(more):
         """The images after the first step, with other noise for each `more`."""
         return draw(lambda i, y: edit.multistep(net, noise(i, 1, more), y, [t_max]))
 
-    def end(first, t, more):
+    @cache
+    def measured(t, more=0):
+        x = start(more) if more else first
+
         def second(i, y):
             z = noise(i, 2, more)[1:]
-            return quantise(edit.multistep(net, z, y, [t], first[i].to(z)))
+            return quantise(edit.multistep(net, z, y, [t], x[i].to(z)))
         return score(draw(second))
 
-    def at(t):
-        tried[t] = end(first, t, 0)
-        print(f"  {t:<10g}{tried[t]:8.4f}", flush=True)
-        return tried[t]
+    def shown(t):
+        print(f"  {t:<10g}{measured(t):8.4f}", flush=True)
+        return measured(t)
 
     first = start(0)
     print(f"{name} of {len(first):,} images, 2 steps, by the second noise level; 1 step: {score(quantise(first)):.4f}")
-    best = edit.search(at, max(net.t_min, t_max / 8000), t_max)
-    lowest = tried.get(best) or end(first, best, 0)
-    spread = 2 * statistics.stdev([lowest, *(end(start(more), best, more) for more in (1, 2, 3))])
+    best = edit.search(shown, max(net.t_min, t_max / 8000), t_max)
+    spread = 2 * statistics.stdev([measured(best), *(measured(best, more) for more in (1, 2, 3))])
     print(f"spread between seeds +-{spread:.4f}")
     if t_mid is not None:
         own = net.sd * math.tan(t_mid) if hasattr(net, "denoise") else t_mid      # TrigFlow's t_mid is a time
-        gain = end(first, own, 0) - lowest
-        verdict = f"{best:g} is better" if gain > spread else f"{own:.4g} is better" if gain < -spread else \
-            "the difference lies within the spread"
-        print(f"the run's own level, {own:.4g}, has {lowest + gain:.4f}: {verdict}")
+        gain = measured(own) - measured(best)
+        verdict = "the difference lies within the spread" if abs(gain) <= spread else \
+            f"{best if gain > 0 else own:.4g} is better"
+        print(f"the run's own level, {own:.4g}, has {measured(own):.4f}: {verdict}")
         if gain <= spread:                                # what was found is as likely noise
             print(f"keep the run's own level: python -m common.sample {path} --steps 2")
             return best

@@ -126,6 +126,8 @@ def as_frequent(folder, n):
     counts = config_of(folder)["about"].get("images_per_class")
     if counts is None:
         return None
+    if type(counts) is not list or not all(type(c) is int and 0 <= c < 2**31 for c in counts) or not any(counts):
+        raise BadInput(f"{folder}: images_per_class in its config.json is damaged; restore it")
     counts, labels, behind = torch.tensor(counts), [], 0
     for _ in range(n):
         behind = behind + counts

@@ -1,8 +1,8 @@
 """python -m common.compare RUN...
 
-One page that shows runs side by side: report.html, which needs nothing beside itself, and its tables in report.md. It
-reads the run folders alone and knows no method; what a folder lacks stands in its row, and the rest is compared. Runs of
-other data, and figures of another number of images or another mode, are in tables of their own."""
+One page that shows runs side by side: report.html, which needs nothing beside itself, its tables in report.md. What a
+folder lacks stands in its row, and the rest is compared. Runs of other data, and figures of another number of images or
+another mode, have tables of their own. Only the run folders are read; no method is known here."""
 import base64
 import html
 import io
@@ -28,8 +28,9 @@ BINS = ["< .01", ".01", ".046", ".22", "1", "4.6", "22", "> 100"]
 SHOWN = 8                                                 # images of a run in the picture
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}td,th{padding:.25em .7em;text-align:right;
-border-bottom:1px solid #ddd;vertical-align:top}td:first-child,th:first-child,td:last-child{text-align:left}td:first-child{white-space:nowrap}
-th{border-bottom:2px solid #888}img{max-width:100%}td img{image-rendering:pixelated;height:64px;max-width:none}"""
+border-bottom:1px solid #ddd;vertical-align:top}td:first-child,th:first-child,td:last-child{text-align:left}
+td:first-child{white-space:nowrap}th{border-bottom:2px solid #888}img{max-width:100%}
+td img{image-rendering:pixelated;height:64px;max-width:none}"""
 
 
 # ---- what is known of a run ----------------------------------------------------------------------
@@ -64,12 +65,19 @@ def shape(images):
 
 
 def results(run):
-    """{(metric, mode, n): {steps: value}} after the last step that has figures; 0 steps are those of the teacher."""
-    found, end = defaultdict(dict), max((s["it"] for s in run.figures if s["net"] == "ema"), default=0)
-    for s in run.figures:
-        if s["net"] == "teacher" or s["it"] == end:       # the last one wins
-            found[s["metric"], s["mode"], s["n"]][0 if s["net"] == "teacher" else s["steps"]] = s["value"]
+    """{(metric, mode, n): {steps: line of eval.jsonl}}, the newest of each; 0 steps are those of the teacher."""
+    found = defaultdict(dict)
+    for s in sorted(run.figures, key=lambda s: s["it"]):
+        found[s["metric"], s["mode"], s["n"]][0 if s["net"] == "teacher" else s["steps"]] = s
     return found
+
+
+def text(run, figure):
+    """As it stands in a table; with its step, where the run has gone on without it."""
+    if figure is None:
+        return ""
+    old = figure["net"] == "ema" and figure["it"] < run.steps
+    return f"{figure['value']:.3f}" + (f" at step {figure['it']:,}" if old else "")
 
 
 def in_steps(k):
@@ -103,8 +111,7 @@ def qualities(runs):
         head = [("" if m == metric else f"{m}, ") + in_steps(k) for m, k in columns]
         rows = [["run", "t_mid", *head]]
         for r, v in found:
-            values = [v[m, mode, n].get(k) for m, k in columns]
-            rows.append([r.name, str(r.config.get("t_mid", "")), *("" if x is None else f"{x:.3f}" for x in values)])
+            rows.append([r.name, str(r.config.get("t_mid", "")), *(text(r, v[m, mode, n].get(k)) for m, k in columns)])
         yield f"{TITLES.get((metric, mode), f'{metric} ({mode})')} of {n:,} images, lower is better", rows
         seeds = defaultdict(list)
         for r, v in found:
@@ -112,7 +119,7 @@ def qualities(runs):
         own = [k for m, k in columns if m == metric]
         rows = [["method", "runs", *map(in_steps, own)]]
         for same in (s for s in seeds.values() if len(s) > 1):
-            values = [[v[k] for _, v in same if k in v] for k in own]
+            values = [[v[k]["value"] for _, v in same if k in v] for k in own]
             rows.append([same[0][0].method, str(len(same)), *(
                 f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" if len(x) > 1 else "" for x in values)])
         if len(rows) > 1:
@@ -156,7 +163,7 @@ def progress(runs):
 
 
 def logs(runs):
-    """A picture of the logs of runs that differ by their seed alone: loss, loss by noise level, the method's scalars."""
+    """Picture of the logs of runs that differ by their seed alone: loss, loss by noise level, the method's scalars."""
     names = sorted({k for r in runs for s in r.log for k in s if k not in PLAIN and not k.startswith("loss_t")})
     figure, (first, levels, *rest) = plt.subplots(1, 2 + len(names), figsize=(3.6 * (2 + len(names)), 3),
                                                   layout="constrained")
@@ -171,14 +178,14 @@ def logs(runs):
         if points := [(s["it"], s[f"loss_t{i}"]) for s in runs[0].log if f"loss_t{i}" in s]:
             levels.plot(*zip(*points), color=plt.cm.viridis(i / 7), lw=1, label=label)
             levels.legend(fontsize=6, ncol=2)
-    below = any(v <= 0 for s in runs[0].log for k, v in s.items() if k.startswith("loss_t"))    # as losses e^w d - w are
+    below = any(v <= 0 for s in runs[0].log for k, v in s.items() if k.startswith("loss_t"))      # losses e^w d - w
     levels.set(title="loss, by noise level", xlabel="step", yscale="linear" if below else "log")
     return png(figure)
 
 
 def strips(run, n=SHOWN):
-    """{steps: PNG of the first images of the newest grid}, 0 steps: the teacher's. Grids of all runs begin with the same
-    noise, and with --cond with one image of each class."""
+    """{steps: PNG of the first n images of the newest grid}, 0 steps: the teacher's. The grids of all runs begin with
+    the same noise, and with --cond with one image of each class."""
     found = {}
     for file in sorted((run.path / "samples").glob("*.png")) if run.images else []:
         steps = file.stem.split("_")[-1].removesuffix("step").replace("teacher", "0")
@@ -232,14 +239,14 @@ def as_html(parts):
 
     def cell(tag, value):
         return f"<{tag}>{image(value) if isinstance(value, bytes) else html.escape(value)}</{tag}>"
-    text = f'<!doctype html><meta charset="utf-8"><title>Runs side by side</title><style>{STYLE}</style>\n'
+    page = f'<!doctype html><meta charset="utf-8"><title>Runs side by side</title><style>{STYLE}</style>\n'
     for kind, x in parts:
         if kind == "table":
             rows = ["".join(cell("td" if i else "th", v) for v in row) for i, row in enumerate(x)]
-            text += "<table>" + "".join(f"<tr>{row}</tr>\n" for row in rows) + "</table>\n"
+            page += "<table>" + "".join(f"<tr>{row}</tr>\n" for row in rows) + "</table>\n"
         else:
-            text += image(x) if kind == "picture" else cell(kind, x) + "\n"
-    return text
+            page += image(x) if kind == "picture" else cell(kind, x) + "\n"
+    return page
 
 
 def as_markdown(parts):

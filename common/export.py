@@ -1,6 +1,6 @@
 """python -m common.export RUN OUT
 
-The averaged weights of a run for other programs, float32. OUT ends in .safetensors: tensors, and beside them as metadata
+The averaged weights of a run for other programs, float32. OUT ends in .safetensors: tensors, beside them as metadata
 the description from which common.teacher.load, given that file, makes the network again; needs the package safetensors.
 OUT ends in .pt: a state dict under the names of EDM's own checkpoints, for load_state_dict of its EDMPrecond."""
 import json

@@ -1,5 +1,5 @@
 """Distances between two sets of images, uint8 [N, C, H, W]: FID, and the Frechet distance of pixels, for data that are
-too small for Inception and for runs without a GPU; precision, recall, density and coverage, which tell blur from missing
+too small for Inception and for runs without a GPU; precision, recall, density, coverage, which tell blur from missing
 modes; the noise of which evaluations make their images."""
 import os
 import sys

@@ -23,7 +23,7 @@ from common.fid import chosen
 from common.flags import MAY_CHANGE, ROOT, BadInput, config_of, known, say
 
 FD_IMAGES = 2048                  # images, real and generated, of fd_pixels; fewer if the data set has fewer
-REFERENCE = ROOT / "common/reference.json"                # loss and figures of the presets: tests.bench.reference
+REFERENCE = ROOT / "common/reference.json"        # loss and figures of the presets: tests.bench.reference
 TITLES = {("fd_pixels", "8x8"): "FD (pixels)", ("fid", fid.MODE): f"FID ({fid.MODE})"}
 # What a run's figures do not depend on, but for chance
 FREE = MAY_CHANGE - {"iters", "t_mid"} | {"about", "seed", "preset", "accum", "compile", "tf32"}

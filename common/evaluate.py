@@ -193,7 +193,7 @@ def verdict(run):
             said.append(f"{label} {value:.4g} ({lo:.4g} .. {hi:.4g})")
             bad.append(value > 1.2 * hi or what == "loss" and value < lo / 1.2)
     if said:
-        return f"{'off' if any(bad) else 'on'} track: {', '.join(said)}; in brackets seeds {entry['seeds']} of the preset"
+        return f"{'off' if any(bad) else 'on'} track: {', '.join(said)}; in brackets: seeds {entry['seeds']}"
     return ""
 
 

@@ -30,7 +30,7 @@ STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1200px;margin:2em 
 table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}td,th{padding:.25em .7em;text-align:right;
 border-bottom:1px solid #ddd;vertical-align:top}td:first-child,th:first-child,td:last-child{text-align:left}
 td:first-child{white-space:nowrap}th{border-bottom:2px solid #888}img{max-width:100%}
-td img{image-rendering:pixelated;height:64px;max-width:none}"""
+td img{image-rendering:pixelated;height:40px;max-width:none}"""
 
 
 # ---- what is known of a run ----------------------------------------------------------------------
@@ -55,7 +55,7 @@ def read(path):
     run.images = about["images"] if shape(about.get("images")) else None          # older runs lack them
     run.notes += [f"unfinished: {steps:,} of {config['iters']:,} steps"] * (steps < config["iters"])
     run.notes += ["no log"] * (not log) + ["no figures"] * (not run.figures)
-    run.notes += [f"{torn} torn lines left out"] * (torn > 0) + [v for v in [verdict(path)] if v]
+    run.notes += [f"{torn} torn lines left out"] * (torn > 0)
     return run
 
 
@@ -217,6 +217,8 @@ def page(runs, refused):
         for title, rows in qualities(same):
             yield "p", title
             yield "table", rows
+        for name, said in ((r.name, verdict(r.path)) for r in same):
+            yield from [("p", f"{name} is {said}")] * (said != "")
         for title, picture in progress(same):
             yield "p", title
             yield "picture", picture

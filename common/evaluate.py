@@ -188,9 +188,9 @@ def verdict(run):
         common = [name for name in known if name in own]
         for name in [n for n in common if n.split()[0] == common[-1].split()[0]]:
             it, *words = name.split()
-            label = f"FD (pixels) in {words[1]} step{'s' * (words[1] != '1')}" if words else f"loss at step {it}"
+            label = f"FD (pixels) in {words[1]} step{'s' * (words[1] != '1')}" if words else f"loss after {it} steps"
             (lo, hi), value = known[name], own[name]
-            said.append(f"{label} {value:.4g} ({lo:.4g} .. {hi:.4g})")
+            said.append(f"{label} {value:.3f} ({lo:.3f} .. {hi:.3f})")
             bad.append(value > 1.2 * hi or what == "loss" and value < lo / 1.2)
     if said:
         return f"{'off' if any(bad) else 'on'} track: {', '.join(said)}; in brackets: seeds {entry['seeds']}"

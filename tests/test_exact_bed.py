@@ -64,24 +64,26 @@ def test_the_fixed_point_for_gaussian_data_is_the_closed_form(module, solver):
 
 
 @pytest.mark.parametrize("module, flags, expected, within", [
-    (cd, dict(solver="euler"), 1, 0.1), (cd, {}, 2, 0.15), (ct, {}, 1, 0.2), (ict, dict(c=BIG), 1, 0.2), (ect, dict(c=BIG), 1, 0.1)])
+    (cd, dict(solver="euler"), 1, 0.1), (cd, {}, 2, 0.15), (ct, {}, 1, 0.2), (ict, dict(c=BIG), 1, 0.2),
+    (ect, dict(c=BIG), 1, 0.1)])
 def test_orders_on_the_mixture(module, flags, expected, within):
     args = module.Args(**flags)
-    grids = [exact.levels(module, n, args) for n in ((6, 12) if module is ect else (18, 35))]
+    grids = [exact.levels(module, n, args) for n in ((6, 10) if module is ect else (18, 35))]
     errors = [rms(exact.ROOT_MASS * fixed_point(module, DATA, ts, args)) for ts in grids]
     assert abs(exact.order([len(ts) for ts in grids], errors) - expected) < within, errors
 
 
-@pytest.mark.parametrize("module, flags", [(scm, dict(mode="sct")), (scm, dict(mode="scd")), (rcm, dict(loss_scale=1.0, lambda_dmd=0.0))])
+@pytest.mark.parametrize("module, flags", [
+    (scm, dict(mode="sct")), (scm, dict(mode="scd")), (rcm, dict(loss_scale=1.0, lambda_dmd=0.0))])
 def test_no_mean_tangent_at_the_exact_map(module, flags):
-    """A term of g with another factor or sign; a teacher where the path of the data belongs is not seen: the same mean."""
+    """A term of g with another factor or sign. Modes exchanged are not seen: they have the same mean."""
     assert exact.tangent(module, DATA, module.Args(c=BIG, **flags)) < 1e-6
 
 
 def test_the_bench_runs(tmp_path, capsys):
     """A row without figures, training that learns nothing, a picture that is not drawn."""
     pytest.importorskip("matplotlib")
-    rows = exact.main(["--iters", "20", "--levels", "3", "5", "--q", "6", "7", "--out", str(tmp_path / "x.png")])
+    rows = exact.main(["--iters", "20", "--levels", "3", "5", "--q", "4", "5", "--out", str(tmp_path / "x.png")])
     assert [row[0] for row in rows] == list(exact.METHODS) and all(len(row) == 5 for row in rows)
     assert all(float(row[1]) < 0.6 for row in rows), rows              # 0.56: all points in one place
     assert capsys.readouterr().out.count("\n| ") == len(rows) and (tmp_path / "x.png").stat().st_size > 50_000

@@ -4,12 +4,12 @@ The data are points in the plane, "images" [B,2,1,1], whose two coordinates are 
 the denoiser D(x, t), the paths of the probability-flow ODE and the consistency function are exact: a path keeps the CDF
 of each coordinate, so that f(x, t) = F_tmin^-1(F_t(x)). Two questions are put to each loss_fn:
 
-fixed point   Where does it lead if nothing but the loss decides? f(., t) is a table of free values at each level; from the
-              lowest level upwards, they take the values at which the mean gradient over all x0 behind an x_t is zero. In
-              float64, without randomness. How its error falls with the number of levels is the order. Distances are squares
-              (ict and ect: a large c), as those orders are of the mean; ect's levels are t_max, r(t_max), r(r(t_max)) ..
-              sCM and rCM have no levels: their mean g at the exact f is given, which is zero if that is the fixed point.
-training      Where does a small network get in a short run, with the method's own flags, levels and c?"""
+fixed point   Where does it lead if nothing but the loss decides? f(., t) is a table of free values at each level. From
+              the lowest level upwards they take the values at which the mean gradient, over all x0 behind an x_t, is
+              zero: float64, nothing random. How the error falls with the number of levels is the order. Distances are
+              squares (ict, ect: a large c), to which the orders belong. ect's levels are t_max, r(t_max), r(r(t_max))..
+              sCM and rCM have none; their mean g at the exact f is given, which is zero if that is the fixed point.
+training      Where does a small network get in a short run, with the method's own levels and c?"""
 import argparse
 import math
 import time
@@ -31,7 +31,7 @@ import scm
 from common.precond import EDM, TrigFlow
 
 T_MIN, T_MAX, SD = 0.002, 80.0, 0.5
-BIG = 1e6                             # the constant c of ect, ict, scm and rcm with which distances are squares, and g is g / c
+BIG = 1e6                             # as constant c: ict and ect have squares as distances, scm and rcm g / c as g
 #         method file, its flags, expected order
 METHODS = {
     "cd, Euler": (cd, dict(solver="euler", N=18), 1),
@@ -44,7 +44,7 @@ METHODS = {
     "scd": (scm, dict(mode="scd"), None),
     "rcm": (rcm, dict(student_every=2, N_max=1), None),
 }
-COARSE = ("cd, Euler", "cd, Heun", "ct, N = 18")          # trained with 18 levels: short runs can get to their fixed point
+COARSE = ("cd, Euler", "cd, Heun", "ct, N = 18")          # trained with 18 levels, whose fixed points are known
 wide = lambda v: torch.as_tensor(v, dtype=torch.float64)
 full = lambda x, t: torch.full((len(x), 1, 1, 1), float(t), dtype=x.dtype)
 rms = lambda d: float(d.square().mean().sqrt())
@@ -106,13 +106,14 @@ def mixture(*rows):
     return Mixture(*wide(rows).movedim(2, 0)[:, :, None, None])
 
 
-DATA = mixture([(0.3, -0.8, 0.3), (0.5, 0.1, 0.2), (0.2, 0.7, 0.25)], [(0.4, -0.5, 0.2), (0.3, 0.1, 0.25), (0.3, 0.6, 0.2)])
+DATA = mixture([(0.3, -0.8, 0.3), (0.5, 0.1, 0.2), (0.2, 0.7, 0.25)],
+               [(0.4, -0.5, 0.2), (0.3, 0.1, 0.25), (0.3, 0.6, 0.2)])
 GAUSS = mixture([(1.0, 0.0, 0.5)], [(1.0, 0.0, 0.5)])
 
 
 class Raw(nn.Module):
-    """The raw network of an exact TrigFlow: of the diffusion model, or with `jump` of the consistency function. `more`, a
-    raw network, is added to it."""
+    """The raw network of an exact TrigFlow: the diffusion model, or with `jump` the consistency function. `more`, a raw
+    network, is added to it."""
     def __init__(self, data, jump=False, more=None):
         super().__init__()
         self.data, self.jump, self.more = data, jump, more
@@ -140,10 +141,12 @@ def behind(data, x, t, nodes=8):
 
 
 def settled(module, models, data, x, sigma, times, args, start):
-    """Where the loss leads the values [B,2,1,1] that a network returns at x, noise level sigma: from `start`, one Newton
-    step on the mean of loss_fn over x0, exact for squares. models(values): what loss_fn takes before x0; times: what
+    """Where the loss leads the values [B,2,1,1] that a network returns at x, noise level sigma: one Newton step from
+    `start` on the mean of loss_fn over x0, exact for squares. models(values): what loss_fn takes before x0; times: what
     module.times draws."""
-    x0, p = (x[:, None], torch.ones_like(x)[:, None]) if module is cd else behind(data, x, sigma)  # cd's pair: x_t alone
+    x0, p = behind(data, x, sigma)
+    if module is cd:                                      # its pair depends on x_t alone
+        x0, p = x[:, None], torch.ones_like(x)[:, None]
     n = x0.shape[1]
     rows = lambda v: v[:, None].expand(-1, n, -1, -1, -1).flatten(0, 1)
     eps, drawn = (rows(x) - x0.flatten(0, 1)) / rows(sigma), [rows(v) for v in times]
@@ -158,7 +161,7 @@ def settled(module, models, data, x, sigma, times, args, start):
 
 
 def fixed_point(module, data, ts, args):
-    """The error [91,2,1,1] of f(., t_max) at the quantiles P: level by level, the loss leads from f(., r) to f(., t)."""
+    """Error [91,2,1,1] of f(., t_max) at the quantiles P. Level by level, the loss leads from f(., r) to f(., t)."""
     t_min, error = getattr(args, "t_min", 0.0), torch.zeros_like(Z)
     for r, t in zip(ts, ts[1:]):
         x_r, x, r_, t_ = data.quantile(P, Q, full(Z, r)), data.quantile(P, Q, full(Z, t)), full(Z, r), full(Z, t)
@@ -209,7 +212,7 @@ def order(ns, errors):
 
 
 def spread(ts, s, solver):
-    """Closed form for N(0, s^2): standard deviation of what the fixed point generates in one step, over that of the data."""
+    """Closed form for N(0, s^2): the spread of what the fixed point generates in one step, over that of the data."""
     r, t = ts[:-1], ts[1:]
     step = (s**2 + r * t) / (s**2 + t**2)                 # of Euler, and of CT
     if solver == "heun":
@@ -244,7 +247,8 @@ def train(module, flags, iters, far, truth, batch=256, lr=3e-3):
     nn.init.zeros_(more.out.weight), nn.init.zeros_(more.out.bias)
     fake = TrigFlow(Raw(DATA, more=more), SD)             # starts as a copy of the teacher
     target = deepcopy(net) if module is ct else net
-    models = {cd: (net, net, DATA.denoise), ct: (net, target), scm: (net, teacher), rcm: (net, fake, teacher)}.get(module, (net,))
+    models = {cd: (net, net, DATA.denoise), ct: (net, target), scm: (net, teacher), rcm: (net, fake, teacher)}
+    models = models.get(module, (net,))
     ema, opts = deepcopy(net), [torch.optim.Adam(m.parameters(), betas=(0.9, 0.99)) for m in (more, net)]
     curve, marks = [], {round(iters * 10 ** (-k / 8)) for k in range(13)}
     for it in range(iters):
@@ -288,7 +292,8 @@ def draw(path, fixed, gauss, trained, far, truth):
         paths.plot(ts, x / (1 + (ts / SD) ** 2).sqrt(), color=plt.cm.coolwarm(float(p)), lw=1.2)
     paths.set(xscale="log", xlabel="noise level t  (data on the left, noise on the right)",
               ylabel="$x_t$, scaled by $1 / \\sqrt{1 + t^2 / 0.25}$",
-              title="Exact paths of the probability-flow ODE, first coordinate:\nf(x, t) is where the path through x ends on the left")
+              title="Exact paths of the probability-flow ODE, first coordinate:\n"
+              "f(x, t) is where the path through x ends on the left")
 
     net = trained["ct, N = 18"][0]
     a, b = truth[:200, :, 0, 0], jump(net, far)[:200, :, 0, 0]
@@ -296,7 +301,7 @@ def draw(path, fixed, gauss, trained, far, truth):
     points.scatter(*a.T, s=9, color="black", label="exact f(x, 80)", zorder=2)
     points.scatter(*b.T, s=9, color=colours["ct, N = 18"], label="learned by ct with 18 levels", zorder=3)
     points.set(xlabel="first coordinate", ylabel="second coordinate", aspect="equal",
-               title="One step from the same 200 noises x:\nwith 18 levels ct's points are drawn to the middle")
+               title="One step from the same 200 noises x\n(grey lines: by how far ct with 18 levels misses)")
     points.legend(loc="upper left")
 
     z = grid(-2.5, 2.5, 201)
@@ -305,25 +310,29 @@ def draw(path, fixed, gauss, trained, far, truth):
     for name in ("cd, Heun", "ct, N = 18", "sct", "rcm"):
         maps.plot(z, jump(trained[name][0], x)[:, 0, 0, 0], color=colours[name], lw=1.3, label=name)
     maps.set(xlabel="noise x / 80, first coordinate (the second is 0)", ylabel="f(x, 80), first coordinate",
-             title="The map from noise to data, exact and learned:\nct with 18 levels is too flat at the ends")
+             title="The map from noise to data, exact and learned:\nct with 18 levels has lost the bends")
     maps.legend(fontsize=9)
 
     for name, (ns, errors) in fixed.items():
-        order_.loglog([n - 1 for n in ns], errors, "x--" if name == "ict" else "o-", color=colours[name], label=f"{name.split(', N')[0]}: order {order(ns, errors):.2f}")
+        label = f"{name.split(', N')[0]}: order {order(ns, errors):.2f}"
+        order_.loglog([n - 1 for n in ns], errors, "x--" if name == "ict" else "o-", color=colours[name], label=label)
     for power, name, label in ((1, "cd, Euler", "theory: slopes -1 and -2"), (2, "cd, Heun", None)):
         n, e = (wide(v)[[0, -1]] for v in fixed[name])
         order_.loglog(n - 1, 0.8 * e[1] * ((n[1] - 1) / (n - 1)) ** power, "k:", lw=1, label=label)
     order_.set(xlabel="number of steps from $t_{min}$ to 80  (N - 1)", ylabel="RMS error of f(x, 80)",
                title="Fixed point of each loss_fn, solved without training:\nerror against the number of levels")
-    order_.text(0.98, 0.97, "sct, scd, rcm have no levels:\nmean g = 0 at the exact f", transform=order_.transAxes, ha="right", va="top")
+    order_.text(0.98, 0.97, "sct, scd, rcm have no levels:\nmean g = 0 at the exact f", transform=order_.transAxes,
+                ha="right", va="top")
     order_.legend()
 
     fine = range(5, 1 + max(max(ns) for ns, _ in gauss.values()))
     for name, solver in (("cd, Euler", "euler"), ("cd, Heun", "heun")):
-        gauss_.plot([n - 1 for n in fine], [spread(cd.karras(n, cd.Args()), SD, solver) for n in fine], color=colours[name],
+        ratios = [spread(cd.karras(n, cd.Args()), SD, solver) for n in fine]
+        gauss_.plot([n - 1 for n in fine], ratios, color=colours[name],
                     label=f"closed form, {solver.title()}" + " and ct" * (solver == "euler"))
     for (name, (ns, ratios)), mark in zip(gauss.items(), ("o", "o", "x")):
-        gauss_.plot([n - 1 for n in ns], ratios, mark, ms=8, mew=2, color=colours[name], label=f"fixed point of {name.split(', N')[0]}")
+        gauss_.plot([n - 1 for n in ns], ratios, mark, ms=8, mew=2, color=colours[name],
+                    label=f"fixed point of {name.split(', N')[0]}")
     gauss_.axhline(1, color="0.6", lw=1)
     gauss_.set(xlabel="number of steps  (N - 1)", ylabel="spread of generated points / of the data", ylim=(0, 2.7),
                title="Gaussian data: Euler and ct are too narrow,\nHeun too wide, as the closed form says")
@@ -367,18 +376,20 @@ def main(argv=None):
         rows.append([name, f"{trained[name][1][-1][1]:.4f}"])
         if module in (scm, rcm):
             part = dict(loss_scale=1.0, lambda_dmd=0.0) if module is rcm else {}
-            rows[-1] += [f"mean g {tangent(module, DATA, module.Args(**flags | part | dict(c=BIG))):.0e}", "", "no levels"]
+            g = tangent(module, DATA, module.Args(**flags | part | dict(c=BIG)))
+            rows[-1] += [f"mean g {g:.0e}", "", "no levels"]
         elif name == "ct, N grows":                       # no single N
             rows[-1] += ["", "", ""]
         else:
             grids = [levels(module, n, squares) for n in (a.q if module is ect else a.levels)]
-            ns, errors = fixed[name] = [len(ts) for ts in grids], [rms(ROOT_MASS * fixed_point(module, DATA, ts, squares)) for ts in grids]
+            ns, errors = [len(ts) for ts in grids], [fixed_point(module, DATA, ts, squares) for ts in grids]
+            ns, errors = fixed[name] = ns, [rms(ROOT_MASS * e) for e in errors]
             at = ns.index(18) if 18 in ns else -1
             rows[-1] += [f"{errors[at]:.4f} at N = {ns[at]}", f"{order(ns, errors):.2f}", str(expected)]
         if name in COARSE:
             ends = [fixed_point(module, GAUSS, module.karras(n, squares), squares) for n in a.levels]
             gauss[name] = a.levels, [float(1 + (e / (SD * Z))[30, 0]) for e in ends]      # f* is SD * Z
-    print("| method | error of the map after training (RMS) | fixed point of its loss (RMS) | order measured | order expected |")
+    print("| method | RMS error of the map after training | of the fixed point | order measured | order expected |")
     print("|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
@@ -386,9 +397,9 @@ def main(argv=None):
     off = [name for name, (ns, errors) in fixed.items() if abs(order(ns, errors) - METHODS[name][2]) > 0.1]
     print("Orders off by more than 0.1:", "; ".join(off) or "none")
     noisy = [name for name in COARSE for n, e in zip(*fixed[name]) if n == 18 and trained[name][1][-1][1] > 1.5 * e]
-    print("Training ends more than half above its fixed point, whose bias it does not show:", "; ".join(noisy) or "none")
-    print("ict and ect train with their own c, almost a plain norm. In so few dimensions its limit is not the exact map, as the "
-          "spatial median of the targets is not their mean; these runs do not separate that from their noise.")
+    print("Not shown, as training ends more than half above it, the bias of:", "; ".join(noisy) or "none")
+    print("Not shown: the limit of ict and ect with their own c, almost a plain norm. In two dimensions it is not the\n"
+          "exact map, as the median of the targets is not their mean; the noise of training hides that here.")
     if a.out:
         draw(a.out, fixed, gauss, trained, far, truth)
     return rows

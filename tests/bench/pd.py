@@ -10,20 +10,19 @@ Idea    A student learns to make in one step of DDIM what its teacher makes in t
         no noise to average over. Each stage adds its own error to those before it.
 
 One training step, of the stage with N sampling steps                                [Algorithm 2]
-    i       ~  uniform on 1 .. N;  t, s, r = levels 2i, 2i - 1, 2i - 2 of a grid of 2N steps
+    i       ~  uniform on 1 .. N;  t, s, r = t_(2i), t_(2i-1), t_(2i-2)  # of 2N + 1 levels from t_0
     x_t     =  x0 + t*eps
     x_s     =  x_t + (s - t)*(x_t - D(x_t, t))/t       # two DDIM steps of the teacher D
     x_r     =  x_s + (r - s)*(x_s - D(x_s, s))/s
-    x       =  x_t - t*(x_r - x_t)/(r - t)             # one step to this image would end in x_r
-    loss    =  max(1/t^2, 1) * mean over C,H,W of (net(x_t, t) - x)^2       # truncated SNR  [Eq. 9]
-At the end of a stage: the teacher <- the EMA of the student, the student <- its teacher, N <- N/2.
+    D_two   =  x_t - t*(x_r - x_t)/(r - t)             # one step with this D would end in x_r
+    loss    =  max(1/t^2, 1) * mean over C,H,W of (D(x_t, t; net) - D_two)^2
+                                                       # truncated SNR                    [Sec. 4]
+At the end of a stage    teacher <- ema;  net <- ema;  a new optimiser;  N <- N/2
 
 Deviations from the paper
     As in the consistency-model paper: EDM's network, preconditioning, noise levels (down to t_min,
-    not 0) and teacher, and the settings of its authors' code (lr, stages, no EMA).
-    With an average (--ema, of the preset digits) the student starts a stage from its teacher, which
-    is Algorithm 2; with none, both are the same.
-    The warm-up, and the ramp of the EMA's decay, begin anew with each stage.
+    not 0) and teacher, and the settings of its authors' code (lr, stages, no average: ema = net).
+    --warmup, and the ramp of the EMA's decay with --ema, are ours; they begin anew with each stage.
     A loss or gradient that is not finite stops the run. GPUs multiply in TF32.
     The presets digits and small are ours.
     The figures in eval.jsonl are of each stage's network in its own number of steps, if at most 64.
@@ -94,9 +93,9 @@ def loss_fn(net, teacher, x0, y, it, args):
     t, s, r = times(len(x0), it, args, x0.device)
     x_t = x0 + t * torch.randn_like(x0)
     with torch.no_grad():                                 # the target is a constant
-        x = answer(teacher, x_t, t, s, r, y)
+        D_two = answer(teacher, x_t, t, s, r, y)
     weight = (1 / t**2).clamp(min=1).flatten()            # the SNR, truncated at 1
-    loss = weight * ((net(x_t, t, y) - x) ** 2).flatten(1).mean(1)  # [B]
+    loss = weight * ((net(x_t, t, y) - D_two) ** 2).flatten(1).mean(1)  # [B]
     return loss.mean(), dict(t=t, loss=loss.detach())
 
 
@@ -164,13 +163,14 @@ class Args:
 
 PRESETS = {
     "paper": dict(cost="13 stages, 750,000 steps of 512 images, three calls of the network each"),
-    # ours, for two CPU cores: small networks, short averages, few stages
-    "small": dict(cost="half an hour on two CPU cores, teacher included", net="ddpmpp", iters=600,
-                  batch=64, lr=3e-4, ema=0.98, ch=32, mult=(1, 1, 2), blocks=1, save_every=600,
-                  N=8),
-    "digits": dict(cost="about 11 minutes on two CPU cores, teacher included", iters=1_800,
-                   batch=128, lr=1e-3, ema=0.99, ch=32, net="ddpmpp", mult=(1, 2), blocks=1,
-                   attn=(4,), save_every=300, sd=0.75, N=8),
+    # ours, for two CPU cores: small networks, few stages, and a first teacher of 32 DDIM steps,
+    # which has to be good: nothing repairs later what it does wrong
+    "small": dict(cost="half an hour on two CPU cores, teacher included", net="ddpmpp", iters=500,
+                  batch=64, lr=3e-4, warmup=10, ch=32, mult=(1, 1, 2), blocks=1, save_every=500,
+                  N=16),
+    "digits": dict(cost="about 10 minutes on two CPU cores, teacher included", iters=1_000,
+                   batch=128, lr=1e-3, warmup=10, ch=32, net="ddpmpp", mult=(1, 2), blocks=1,
+                   attn=(4,), save_every=500, sd=0.75, N=16),
     "cifar10": dict(flip=True),
     "mnist": dict(sd=0.55),
     "fashion_mnist": dict(sd=0.66),
@@ -218,9 +218,9 @@ def main(args):
     while it < args.iters:
         N, begin, end = stage(it, args)                   # *
         if it == begin:                                   # in the first one all are equal  # *
-            for other in (teacher, net):                  # *
-                with torch.no_grad():                     # *
-                    torch._foreach_copy_(list(other.parameters()), list(ema.parameters()))  # *
+            with torch.no_grad():                         # *
+                for other in (teacher, net):              # lerp: sharded ones cannot copy  # *
+                    torch._foreach_lerp_(list(other.parameters()), list(ema.parameters()), 1)  # *
             opt.state.clear()                             # *
         for part in range(args.accum):
             run.seed(it, part)

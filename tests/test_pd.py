@@ -200,6 +200,8 @@ def test_each_stage_begins_with_the_average_of_the_last(ladder, train, monkeypat
     assert equal(at(run, "teacher", 3), at(run, "ema", 2)) and equal(at(run, "teacher", 6), at(run, "ema", 2))
     assert equal(at(run, "teacher", 9), at(run, "ema", 6)) and equal(at(run, "teacher", 10), at(run, "ema", 6))
     assert not equal(at(run, "ema", 2), at(run, "net", 2)) and not equal(at(run, "ema", 2), first)
+    old, net, new = at(run, "ema", 2), at(run, "net", 3), at(run, "ema", 3)
+    assert all(torch.allclose(new[k], 0.1 * old[k] + 0.9 * net[k], atol=1e-6) for k in net), "short at first, again"
     steps = {it: {float(s["step"]) for s in at(run, "opt", it)["state"].values()} for it in (2, 3, 6, 9, 10)}
     assert steps == {2: {2}, 3: {1}, 6: {4}, 9: {3}, 10: {4}}
     same = []

@@ -206,7 +206,9 @@ def write_config(folder, args, asked, file, data, **about):
     if not (folder / "source").exists():
         file = Path(file).resolve()
         shutil.copytree(ROOT / "common", folder / "source/common", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(file, folder / "source" / file.relative_to(ROOT))
+        copy = folder / "source" / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)    # of a script in a folder of its own
+        shutil.copy(file, copy)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

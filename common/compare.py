@@ -275,6 +275,9 @@ def main(argv=None):
             refused.append(e.message)
     if not runs:
         raise BadInput("none of these is a run folder; name folders such as runs/ect-digits-000")
+    if len({r.name for r in runs}) < len(runs):           # of several --out
+        for r in runs:
+            r.name = str(r.path)
     parts = list(page(runs, refused))
     out = Path(a.out).with_suffix(".html")
     try:

@@ -90,6 +90,13 @@ def test_seeds_have_a_mean_and_a_spread(tmp_path):
                      ["ect x", "3", "0.300 ± 0.050", "1.100 ± 0.100", "0.800 ± 0.050"]]
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    """runs/a/ect-digits-000 and runs/b/ect-digits-000: one row, or one strip, for both."""
+    a, b = run_folder(tmp_path / "a/ect-digits-000"), run_folder(tmp_path / "b/ect-digits-000", 0.25)
+    page, found = compared(tmp_path, a, b)
+    assert [row[0] for row in found[0][1:]] == [a, b] and page.count("<img") == 2 + 2 + 2 * 2
+
+
 class Page(html.parser.HTMLParser):
     """What a page loads or runs."""
     def __init__(self, text):

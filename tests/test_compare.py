@@ -94,7 +94,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     """runs/a/ect-digits-000 and runs/b/ect-digits-000: one row, or one strip, for both."""
     a, b = run_folder(tmp_path / "a/ect-digits-000"), run_folder(tmp_path / "b/ect-digits-000", 0.25)
     page, found = compared(tmp_path, a, b)
-    assert [row[0] for row in found[0][1:]] == [a, b] and page.count("<img") == 2 + 2 + 2 * 2
+    assert [row[0] for row in found[0][1:]] == [a, b] and page.count("<img") == 2 + 2 * 2, "curves, one log of both, their strips"
 
 
 class Page(html.parser.HTMLParser):

@@ -4,10 +4,13 @@ One page that shows runs side by side: report.html, which needs nothing beside i
 folder lacks stands in its row, and the rest is compared. Runs of other data, and figures of another number of images or
 another mode, have tables of their own. Only the run folders are read; no method is known here."""
 import base64
+import contextlib
 import html
 import io
+import os
+import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,16 +19,17 @@ import numpy as np
 from PIL import Image
 
 from common.evaluate import TITLES, figures, lines, recipe, reference, verdict
-from common.flags import BadInput, Parser, config_of, printable, say
+from common.flags import BadInput, Parser, brief, config_of, printable, say
 
 matplotlib.use("Agg")                                     # draws into files, without a screen
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import ScalarFormatter  # noqa: E402
 
+plt.rcParams["text.parse_math"] = False                   # a name may hold a $
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
 PLAIN = {"it", "sec", "loss", "img_s", "mem_gb"}          # of log.jsonl; the rest are scalars of the method's own
 BINS = ["< .01", ".01", ".046", ".22", "1", "4.6", "22", "> 100"]
-SHOWN = 8                                                 # images of a run in the picture
+SHOWN = 8                                                 # images of a run in the picture; scalars beside its loss
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}td,th{padding:.25em .7em;text-align:right;
 border-bottom:1px solid #ddd;vertical-align:top}td:first-child,th:first-child,td:last-child{text-align:left}
@@ -35,49 +39,58 @@ td img{image-rendering:pixelated;height:40px;max-width:none}"""
 
 # ---- what is known of a run ----------------------------------------------------------------------
 def read(path):
-    """A run folder, read. Raises BadInput where it is none."""
+    """A run folder: its name, method, config, log, results, strips, notes. Raises BadInput where it is none."""
     path, config = Path(path), config_of(path)
-    for name, kind in dict(dataset=str, net=str, ch=int, mult=tuple, batch=int, iters=int).items():
-        if type(config.get(name)) is not kind:
+    for name, kind in dict(dataset=str, net=str, ch=int, mult=tuple, batch=int, iters=int, seed=int).items():
+        if type(config.get(name)) is not kind or kind is int and abs(config[name]) > 2**53:
             raise BadInput(f"{path}: its config.json has no {name} that can be used")
-    about, log, steps, total, last = config["about"], [], 0, 0.0, 0.0
+    about, log = config["about"], []
+    script, images = about["script"], about.get("images", ())             # older runs lack the latter
+    if not re.fullmatch(r"\w+(\.\w+)*", script):
+        raise BadInput(f"{path}: its config.json names the script {printable(script)}, which is none")
     for s in lines(path / "log.jsonl"):
-        s = {k: v for k, v in s.items() if type(v) in (int, float) and abs(v) < 1e300}
-        if {"it", "sec", "loss"} <= s.keys():
-            total += last if s["sec"] < last else 0       # a resumed run counts from 0 again
-            last, steps = s["sec"], s["it"]
-            log.append(s | dict(sec=total + last))
+        s = {printable(k): v for k, v in s.items() if type(v) in (int, float) and abs(v) < 2**53}
+        log += [s] if {"it", "sec", "loss"} <= s.keys() else []
+    run = SimpleNamespace(path=path, name=printable(path.resolve().name), config=config, about=about, log=log, notes=[],
+                          figures=figures(path), group=recipe(config), verdict=verdict(path))
+    run.method = printable(" ".join(filter(None, [script.split(".")[-1], str(config.get("mode") or "")])))
+    run.images = images if len(images) == 4 and all(type(n) is int and 0 < n < 2**31 for n in images) else None
+    run.steps = max((s["it"] for s in log or run.figures), default=0)
+    run.results = defaultdict(dict)       # {(metric, mode, n): {sampling steps, of the teacher 0: its newest figure}}
+    for s in sorted(run.figures, key=lambda s: s["it"]):
+        run.results[s["metric"], s["mode"], s["n"]][0 if s["net"] == "teacher" else s["steps"]] = s
     torn = sum(len((path / name).read_text(errors="replace").splitlines()) - len(lines(path / name))
                for name in ("log.jsonl", "eval.jsonl") if (path / name).is_file())
-    run = SimpleNamespace(path=path, name=path.resolve().name, config=config, about=about, log=log, steps=steps,
-                          figures=figures(path), notes=[], group=recipe(config))
-    run.method = " ".join(filter(None, [about["script"].split(".")[-1], str(config.get("mode") or "")]))
-    run.images = about["images"] if shape(about.get("images")) else None          # older runs lack them
-    run.notes += [f"unfinished: {steps:,} of {config['iters']:,} steps"] * (steps < config["iters"])
+    run.notes += [f"unfinished: {run.steps:,} of {config['iters']:,} steps"] * (run.steps < config["iters"])
     run.notes += ["no log"] * (not log) + ["no figures"] * (not run.figures)
-    run.notes += [f"{torn} torn lines left out"] * (torn > 0)
+    run.notes += [f"{torn} torn lines left out"] * (torn > 0) + ["an older run: no pictures"] * (run.images is None)
+    run.strips = strips(run)
     return run
 
 
-def shape(images):
-    """Is this, from a config.json, [N, C, H, W]?"""
-    return isinstance(images, list) and len(images) == 4 and all(type(n) is int and 0 < n < 2**31 for n in images)
-
-
-def results(run):
-    """{(metric, mode, n): {steps: line of eval.jsonl}}, the newest of each; 0 steps are those of the teacher."""
-    found = defaultdict(dict)
-    for s in sorted(run.figures, key=lambda s: s["it"]):
-        found[s["metric"], s["mode"], s["n"]][0 if s["net"] == "teacher" else s["steps"]] = s
+def strips(run, n=SHOWN):
+    """{steps: PNG of the first n images of the newest grid}, 0 steps: the teacher's. The grids of all runs begin with
+    the same noise, and with --cond with one image of each class."""
+    newest, found = {}, {}
+    for file in (run.path / "samples").glob("*.png") if run.images else ():
+        if m := re.fullmatch(r"(\d+)_(?:(\d+)step|teacher)", file.stem):
+            newest[int(m[2] or 0)] = max(newest.get(int(m[2] or 0), (0, file)), (int(m[1]), file))
+    end = max((it for k, (it, _) in newest.items() if k), default=0)
+    for k, (it, file) in sorted(newest.items()):
+        if k and it < end:                                # drawn before --steps was changed
+            continue
+        _, _, h, w = run.images
+        zoom, buffer = max(1, 32 // h), io.BytesIO()      # as evaluate.picture made it
+        try:
+            grid = Image.open(file) if file.is_file() else None           # a pipe would be waited for
+            if not grid or grid.width * grid.height > 2**26:
+                raise ValueError
+            grid = np.asarray(grid.convert("RGB"))[:h * zoom:zoom, ::zoom]
+            Image.fromarray(grid[:, :n * (w + 1) - 1]).save(buffer, "png")
+            found[k] = buffer.getvalue()
+        except Exception:                                 # Pillow raises many kinds
+            run.notes.append(f"{file.name} is damaged")
     return found
-
-
-def text(run, figure):
-    """As it stands in a table; with its step, where the run has gone on without it."""
-    if figure is None:
-        return ""
-    old = figure["net"] == "ema" and figure["it"] < run.steps
-    return f"{figure['value']:.3f}" + (f" at step {figure['it']:,}" if old else "")
 
 
 def in_steps(k):
@@ -86,47 +99,50 @@ def in_steps(k):
 
 # ---- tables: a list of rows of texts, the first is the head --------------------------------------
 def costs(runs):
-    rows = [["run", "method", "network", "M parameters", "steps", "M images", "minutes of training", "images/s", "GB",
-             "lines of code", "notes"]]
+    yield ["run", "method", "network", "M parameters", "steps", "M images", "minutes of training", "images/s", "GB",
+           "lines of code", "notes"]
     for r in runs:
         c, source = r.config, r.path / "source" / Path(*r.about["script"].split(".")).with_suffix(".py")
         speeds, memory = ([s[k] for s in r.log if k in s] for k in ("img_s", "mem_gb"))
         count = r.about.get("parameters")
-        rows.append([r.name, r.method, f"{c['net']} {c['ch']} x {','.join(map(str, c['mult']))}",
-                     f"{count / 1e6:.2f}" if type(count) is int else "", f"{r.steps:,}",
-                     f"{r.steps * c['batch'] / 1e6:.3g}",
-                     f"{r.log[-1]['sec'] / 60:.1f}" if r.log else "",
-                     f"{statistics.median(speeds):.0f}" if speeds else "", f"{max(memory):.2f}" if memory else "",
-                     str(len(source.read_text(errors="replace").splitlines())) if source.is_file() else "",
-                     "; ".join(r.notes)])
-    return rows
+        yield [r.name, r.method, printable(f"{c['net']} {c['ch']} x {','.join(map(str, c['mult']))}"),
+               f"{count / 1e6:.2f}" if type(count) is int and count < 2**53 else "", f"{r.steps:,}",
+               f"{r.steps * c['batch'] / 1e6:.3g}", f"{r.log[-1]['sec'] / 60:.1f}" if r.log else "",
+               f"{statistics.median(speeds):.0f}" if speeds else "", f"{max(memory):.2f}" if memory else "",
+               str(len(source.read_text(errors="replace").splitlines())) if source.is_file() else "",
+               "; ".join(r.notes)]
 
 
 def qualities(runs):
     """(title, table) for each metric, mode and number of images, with precision .. of the same images."""
-    kinds = dict.fromkeys(kind for r in runs for kind in results(r) if kind[0] not in NEIGHBOURS)
-    for metric, mode, n in kinds:
-        found = [(r, results(r)) for r in runs if (metric, mode, n) in results(r)]
-        columns = [(m, k) for m in (metric, *NEIGHBOURS) for k in sorted({k for _, v in found for k in v[m, mode, n]})]
+    for metric, mode, n in dict.fromkeys(kind for r in runs for kind in r.results if kind[:2] in TITLES):
+        mine, every = [r for r in runs if (metric, mode, n) in r.results], (metric, *NEIGHBOURS)
+        columns = [(m, k) for m in every for k in sorted({k for r in mine for k in r.results[m, mode, n]})]
         head = [("" if m == metric else f"{m}, ") + in_steps(k) for m, k in columns]
-        rows = [["run", "t_mid", *head]]
-        for r, v in found:
-            rows.append([r.name, str(r.config.get("t_mid", "")), *(text(r, v[m, mode, n].get(k)) for m, k in columns)])
-        yield f"{TITLES.get((metric, mode), f'{metric} ({mode})')} of {n:,} images, lower is better", rows
-        seeds = defaultdict(list)
-        for r, v in found:
-            seeds[r.group].append((r, v[metric, mode, n]))
-        own = [k for m, k in columns if m == metric]
-        rows = [["method", "runs", *map(in_steps, own)]]
-        for same in (s for s in seeds.values() if len(s) > 1):
-            values = [[v[k]["value"] for _, v in same if k in v] for k in own]
-            rows.append([same[0][0].method, str(len(same)), *(
+        rows = [[r.name, *(cell(r, r.results[m, mode, n].get(k)) for m, k in columns)] for r in mine]
+        yield f"{TITLES[metric, mode]} of {n:,} images, lower is better", [["run", *head], *rows]
+        own, seeds = [k for m, k in columns if m == metric], defaultdict(dict)
+        for r in mine:
+            seeds[r.group, r.steps].setdefault(r.config["seed"], (r.method, r.results[metric, mode, n]))
+        rows = [["method", "seeds", *map(in_steps, own)]]
+        for (_, steps), same in seeds.items():
+            values = [[found[k]["value"] for _, found in same.values() if k in found] for k in own]
+            rows.append([same[min(same)][0], ", ".join(map(str, sorted(same))), *(
                 f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" if len(x) > 1 else "" for x in values)])
-        if len(rows) > 1:
-            yield "The same flags, other seeds: mean ± standard deviation", rows
+        if rows := [row for row in rows if ", " in row[1]]:
+            yield "Mean ± standard deviation over seeds", [["method", "seeds", *map(in_steps, own)], *rows]
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+def cell(run, figure):
+    """A figure in a table: with its second level, and with its step if that is not the run's last."""
+    if figure is None:
+        return ""
+    level = f" at {figure['t_mid']:g}" if figure["t_mid"] and figure["metric"] not in NEIGHBOURS else ""
+    old = 0 < figure["it"] < run.config["iters"]
+    return f"{figure['value']:.3f}{level}" + (f" after {figure['it']:,} steps" if old else "")
+
+
+# ---- curves --------------------------------------------------------------------------------------
 def png(figure):
     with io.BytesIO() as f:
         figure.savefig(f, format="png", dpi=100, bbox_inches="tight")
@@ -136,20 +152,20 @@ def png(figure):
 
 def progress(runs):
     """(title, picture) for each kind of figure: against minutes of training and against images."""
-    colours = {g: f"C{i % 10}" for i, g in enumerate(dict.fromkeys(r.group for r in runs))}
-    kinds = dict.fromkeys((s["metric"], s["mode"], s["n"]) for r in runs for s in r.figures
-                          if (s["metric"], s["mode"]) in TITLES and s["net"] == "ema")
-    for metric, mode, n in kinds:
+    groups = list(dict.fromkeys(r.group for r in runs))
+    methods = Counter(m for _, m in {(r.group, r.method) for r in runs})
+    for metric, mode, n in dict.fromkeys(kind for r in runs for kind in r.results if kind[:2] in TITLES):
         figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
-        labelled = set()
+        labels = set()
         for r in (r for r in runs if r.log):
             it, sec = zip(*((s["it"], s["sec"] / 60) for s in r.log))
-            own = [s for s in r.figures if (s["metric"], s["mode"], s["n"], s["net"]) == (metric, mode, n, "ema")]
+            own = [s for s in r.figures if (s["metric"], s["mode"], s["n"]) == (metric, mode, n) and s["it"] > 0]
             for k in sorted({s["steps"] for s in own}):
                 x, y = zip(*sorted({s["it"]: s["value"] for s in own if s["steps"] == k}.items()))
-                label = None if (r.group, k) in labelled else f"{r.method}, {in_steps(k)}"
-                how = dict(color=colours[r.group], ls="-" if k == 1 else "--", marker=".", lw=1.2, label=label)
-                labelled.add((r.group, k))
+                label = f"{r.method if methods[r.method] == 1 else r.name}, {in_steps(k)}"
+                how = dict(color=plt.cm.tab20(groups.index(r.group) % 20), ls="-" if k == 1 else "--", marker=".",
+                           lw=1.2, label=None if label in labels else label)             # once for all seeds
+                labels.add(label)
                 axes[0].plot(np.interp(x, it, sec), y, **how)
                 axes[1].plot(np.array(x) * r.config["batch"] / 1e6, y, **how)
         for ax, label in zip(axes, ("minutes of training", "million images of training")):
@@ -159,47 +175,32 @@ def progress(runs):
             ax.grid(alpha=.3, which="both")
         axes[0].set_ylabel(TITLES[metric, mode])
         axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        yield f"{TITLES[metric, mode]} of {n:,} images while they train", png(figure)
+        picture = png(figure)
+        if labels:
+            yield f"{TITLES[metric, mode]} of {n:,} images while they train", picture
 
 
 def logs(runs):
     """Picture of the logs of runs that differ by their seed alone: loss, loss by noise level, the method's scalars."""
-    names = sorted({k for r in runs for s in r.log for k in s if k not in PLAIN and not k.startswith("loss_t")})
+    names = sorted({k for r in runs for s in r.log for k in s if k not in PLAIN and not k.startswith("loss_t")})[:SHOWN]
     figure, (first, levels, *rest) = plt.subplots(1, 2 + len(names), figsize=(3.6 * (2 + len(names)), 3),
                                                   layout="constrained")
-    if known := (reference(runs[0].config) or {}).get("loss"):
-        first.fill_between([int(it) for it in known], *zip(*known.values()), color="#bbb", label="reference")
-        first.legend(fontsize=8)
+    known = (reference(runs[0].config) or dict(values={}))["values"]
+    if known := {int(name.split()[0]): v for name, v in known.items() if name.endswith("loss")}:
+        first.fill_between(list(known), *zip(*known.values()), color="#bbb", label="reference")
     for ax, name in zip((first, *rest), ("loss", *names)):
         for r in runs:
-            ax.plot(*zip(*((s["it"], s[name]) for s in r.log if name in s)), lw=1)
-        ax.set(title=name, xlabel="step")
+            ax.plot(*zip(*((s["it"], s.get(name, np.nan)) for s in r.log)), lw=1, label=f"seed {r.config['seed']}")
+        ax.set(title=name[:40], xlabel="step")
+    first.legend(fontsize=8)
     for i, label in enumerate(BINS):
         if points := [(s["it"], s[f"loss_t{i}"]) for s in runs[0].log if f"loss_t{i}" in s]:
             levels.plot(*zip(*points), color=plt.cm.viridis(i / 7), lw=1, label=label)
             levels.legend(fontsize=6, ncol=2)
     below = any(v <= 0 for s in runs[0].log for k, v in s.items() if k.startswith("loss_t"))      # losses e^w d - w
-    levels.set(title="loss, by noise level", xlabel="step", yscale="linear" if below else "log")
+    levels.set(title=f"loss by noise level, seed {runs[0].config['seed']}", xlabel="step")
+    levels.set_yscale("linear" if below else "log")
     return png(figure)
-
-
-def strips(run, n=SHOWN):
-    """{steps: PNG of the first n images of the newest grid}, 0 steps: the teacher's. The grids of all runs begin with
-    the same noise, and with --cond with one image of each class."""
-    found = {}
-    for file in sorted((run.path / "samples").glob("*.png")) if run.images else []:
-        steps = file.stem.split("_")[-1].removesuffix("step").replace("teacher", "0")
-        _, _, h, w = run.images
-        zoom = max(1, 32 // h)                            # as evaluate.picture made it
-        try:
-            grid = np.asarray(Image.open(file).convert("RGB"))[::zoom, ::zoom]
-        except Exception:                                 # Pillow raises many kinds for a damaged file
-            continue
-        buffer = io.BytesIO()
-        Image.fromarray(grid[:h, :n * (w + 1) - 1]).save(buffer, "png")
-        if steps.isdecimal():
-            found[int(steps)] = buffer.getvalue()
-    return found
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -213,52 +214,49 @@ def page(runs, refused):
         data[r.about["data_sha256"]].append(r)
     for same in data.values():
         size = next((f", {n:,} images {c} x {h} x {w}" for n, c, h, w in (r.images for r in same if r.images)), "")
-        yield "h2", f"Data: {Path(same[0].config['dataset']).name}{size}"
+        yield "h2", f"Data: {printable(Path(same[0].config['dataset']).name)}{size}"
         for title, rows in qualities(same):
-            yield "p", title
-            yield "table", rows
-        for name, said in ((r.name, verdict(r.path)) for r in same):
-            yield from [("p", f"{name} is {said}")] * (said != "")
+            yield from (("p", title), ("table", rows))
+        for r in same:
+            yield from [("p", f"{r.name} is {r.verdict}")] * bool(r.verdict)
         for title, picture in progress(same):
-            yield "p", title
-            yield "picture", picture
-        images = {r.name: strips(r) for r in same}
-        if columns := sorted({k for v in images.values() for k in v}):
-            yield "p", "The same noise in all rows"
-            rows = [[name, *(v.get(k, "") for k in columns)] for name, v in images.items()]
+            yield from (("p", title), ("picture", picture))
+        if columns := sorted({k for r in same for k in r.strips}):
+            yield "p", "The newest images, of the same noise in all rows"
+            rows = [[r.name, *(r.strips.get(k, "") for k in columns)] for r in same if r.strips]
             yield "table", [["run", *map(in_steps, columns)], *rows]
-        yield "p", "What they cost"
-        yield "table", costs(same)
+        yield from (("p", "What they cost"), ("table", list(costs(same))))
         for group in dict.fromkeys(r.group for r in same if r.log):
             alike = [r for r in same if r.group == group and r.log]
-            yield "p", "Log of " + ", ".join(r.name for r in alike)
-            yield "picture", logs(alike)
+            yield from (("p", "Log of " + ", ".join(r.name for r in alike)), ("picture", logs(alike)))
 
 
 def as_html(parts):
     def image(data):
         return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
-    def cell(tag, value):
-        return f"<{tag}>{image(value) if isinstance(value, bytes) else html.escape(value)}</{tag}>"
-    page = f'<!doctype html><meta charset="utf-8"><title>Runs side by side</title><style>{STYLE}</style>\n'
+    def tag(name, value):
+        return f"<{name}>{image(value) if isinstance(value, bytes) else html.escape(value)}</{name}>"
+    text = f'<!doctype html><meta charset="utf-8"><title>Runs side by side</title><style>{STYLE}</style>\n'
     for kind, x in parts:
         if kind == "table":
-            rows = ["".join(cell("td" if i else "th", v) for v in row) for i, row in enumerate(x)]
-            page += "<table>" + "".join(f"<tr>{row}</tr>\n" for row in rows) + "</table>\n"
+            rows = ["".join(tag("td" if i else "th", v) for v in row) for i, row in enumerate(x)]
+            text += "<table>" + "".join(f"<tr>{row}</tr>\n" for row in rows) + "</table>\n"
         else:
-            page += image(x) if kind == "picture" else cell(kind, x) + "\n"
-    return page
+            text += image(x) if kind == "picture" else tag(kind, x) + "\n"
+    return text
 
 
 def as_markdown(parts):
+    def plain(v):
+        return re.sub(r"([\\|<>])", r"\\\1", v)
     text, marks = "", dict(h1="# ", h2="## ", p="")
     for kind, x in parts:
         if kind == "table" and not any(isinstance(v, bytes) for row in x for v in row):
-            rows = ["| " + " | ".join(v.replace("|", "\\|") for v in row) + " |\n" for row in x]
+            rows = ["| " + " | ".join(map(plain, row)) + " |\n" for row in x]
             text += "".join([rows[0], "|---" * len(x[0]) + "|\n", *rows[1:]]) + "\n"
         elif kind in marks:
-            text += f"{marks[kind]}{x}\n\n"
+            text += f"{marks[kind]}{plain(x)}\n\n"
     return text
 
 
@@ -267,26 +265,32 @@ def main(argv=None):
     ap.add_argument("runs", nargs="+", help="run folders")
     ap.add_argument("--out", default="report.html", help="the page; its tables stand beside it in .md [%(default)s]")
     a = ap.parse_args(argv)
-    runs, refused = [], []
-    for path in dict.fromkeys(a.runs):
+    out, runs, refused = Path(a.out), [], []
+    if out.suffix != ".html":
+        raise BadInput(f"--out {a.out}: name a file that ends in .html")
+    for path in {os.path.realpath(p): p for p in a.runs}.values():
         try:
-            runs.append(read(path))
+            with contextlib.redirect_stderr(io.StringIO()):               # BadInput's own line; the page says it
+                runs.append(read(path))
         except BadInput as e:
-            refused.append(e.message)
+            refused.append(printable(e.message))
+        except Exception as e:                            # a folder can hold anything
+            refused.append(f"{printable(path)}: {brief(e)}")
     if not runs:
-        raise BadInput("none of these is a run folder; name folders such as runs/ect-digits-000")
+        raise BadInput(f"nothing to compare: {'; '.join(refused)[:300]}")
     if len({r.name for r in runs}) < len(runs):           # of several --out
         for r in runs:
-            r.name = str(r.path)
+            r.name = printable(r.path)
     parts = list(page(runs, refused))
-    out = Path(a.out).with_suffix(".html")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(as_html(parts), encoding="utf-8")
-        out.with_suffix(".md").write_text(as_markdown(parts), encoding="utf-8")
+        for file, text in ((out, as_html(parts)), (out.with_suffix(".md"), as_markdown(parts))):
+            tmp = file.with_suffix(".tmp")
+            tmp.write_bytes(text.encode(errors="replace"))
+            os.replace(tmp, file)
     except OSError as e:
         raise BadInput(f"--out {out}: {e.strerror}")
-    say(f"{len(runs)} runs: {printable(out)}, {printable(out.with_suffix('.md'))}")
+    say(f"{len(runs)} runs: {out}, {out.with_suffix('.md')}" + f"; {len(refused)} not compared" * bool(refused))
     return runs
 
 

@@ -26,7 +26,7 @@ FD_IMAGES = 2048                  # images, real and generated, of fd_pixels; fe
 REFERENCE = ROOT / "common/reference.json"        # loss and figures of the presets: tests.bench.reference
 TITLES = {("fd_pixels", "8x8"): "FD (pixels)", ("fid", fid.MODE): f"FID ({fid.MODE})"}
 # What a run's figures do not depend on, but for chance
-FREE = MAY_CHANGE - {"iters", "t_mid"} | {"about", "seed", "preset", "accum", "compile", "tf32"}
+FREE = MAY_CHANGE - {"iters", "t_mid", "log_every"} | {"about", "seed", "preset", "accum", "compile", "tf32"}
 
 
 def picture(images, cols=0):
@@ -66,7 +66,7 @@ def evaluate(run, it, data, draw, steps, net="ema"):
     many, order = a.fid if run.fid_due(it) else 0, chosen(data, len(data.images))
     n = min(len(order), FD_IMAGES)
     real = data.images[order[:n].to(run.device)]
-    others = fid.neighbours(data, many, a.data_dir) if many else None
+    near = fid.neighbours(data, many, a.data_dir) if many else None       # features of real images
     labels, classes = (data.labels.cpu()[order], torch.arange(data.classes)) if a.cond else (None, None)
     for k in steps:
         began = time.perf_counter()
@@ -84,11 +84,13 @@ def evaluate(run, it, data, draw, steps, net="ema"):
             (run.dir / "samples").mkdir(exist_ok=True)
             name = f"{it:07d}_{'teacher' if net == 'teacher' else f'{k}step'}.png"
             picture(grid, data.classes if a.cond else 0).save(run.dir / "samples" / name)
-            near = fid.prdc(fid.pixels(real), fid.pixels(fake[:n]))
-            note(dict(fd_pixels=fid.fd_pixels(real, fake[:n])) | near, n, "8x8")
+            note(dict(fd_pixels=fid.fd_pixels(real, fake[:n])), n, "8x8")
+            note(fid.prdc(fid.pixels(real), fid.pixels(fake[:n])), n, "8x8")
         if many:                                          # all ranks take part
-            value = fid.fid(data, fake[:many], a.data_dir, kept=(kept := []))
-            note(dict(fid=value) | (fid.prdc(others, torch.cat(kept)) if kept else {}), many, fid.MODE)
+            note(dict(fid=fid.fid(data, fake[:many], a.data_dir, kept=(kept := []))), many, fid.MODE)
+            if near is not None and run.rank == 0:
+                place = run.device if run.device.type == "cuda" else "cpu"        # others may lack float64
+                note(fid.prdc(near.to(place), torch.cat(kept).to(place)), many, fid.MODE)
 
 
 # ---- what is saved, and what is known of a run ---------------------------------------------------
@@ -146,10 +148,11 @@ def lines(path):
 
 def figures(run):
     """The lines of eval.jsonl that are figures, as this project writes them."""
-    kinds = dict(it=int, metric=str, value=(int, float), n=int, net=str, steps=int, mode=str)
-    kinds |= dict(t_mid=(int, float, type(None)))
-    found = [s for s in lines(Path(run) / "eval.jsonl") if all(isinstance(s.get(k, s), v) for k, v in kinds.items())]
-    return [s for s in found if abs(s["value"]) < 1e300]
+    number, count = (int, float), (int,)
+    kinds = dict(it=count, metric=(str,), value=number, n=count, net=(str,), steps=count, mode=(str,))
+    kinds |= dict(t_mid=(*number, type(None)))
+    found = [s for s in lines(Path(run) / "eval.jsonl") if all(type(s.get(k)) in v for k, v in kinds.items())]
+    return [s for s in found if abs(s["value"]) < 1e300 and all(0 <= s[k] < 2**53 for k in ("it", "n", "steps"))]
 
 
 def cut_logs(run, it):
@@ -163,38 +166,41 @@ def cut_logs(run, it):
 
 def recipe(config):
     """What two runs have in common that differ by their seed alone, of their config.json."""
-    return json.dumps([config["about"]["script"], config["about"]["data_sha256"],
-                       {k: v for k, v in config.items() if k not in FREE}], sort_keys=True)
+    flags = {k: v for k, v in config.items() if k not in FREE} | dict(pretrained=config.get("teacher") != "none")
+    return json.dumps([config["about"]["script"], config["about"]["data_sha256"], flags], sort_keys=True)
 
 
 def reference(config):
-    """The entry of reference.json for a run with this config.json, or None. It has "seeds"; "loss" and "figures", each
-    {name: [lowest, highest]}, named by their step, and figures by metric and sampling steps, too."""
+    """The entry of reference.json for a run with this config.json, or None: "seeds", and "values", {name: [lowest,
+    highest]} with the names of `named`."""
     return json.loads(REFERENCE.read_text()).get(hashlib.sha256(recipe(config).encode()).hexdigest())
 
 
 def named(run):
-    """The loss and the figures of a run folder, {name: value}, by the names of reference.json."""
-    loss = {str(s["it"]): s["loss"] for s in lines(run / "log.jsonl") if type(s.get("loss")) is float}
-    return loss, {f"{s['it']} {s['metric']} {s['steps']}": s["value"] for s in figures(run) if s["net"] == "ema"}
+    """{"100 loss": 3.4, "100 FD in 2 steps, 1797 images": 0.26, ..}: loss and FD (pixels) of a run folder by step."""
+    found = {f"{s['it']} loss": s["loss"] for s in lines(run / "log.jsonl")
+             if type(s.get("it")) is int and type(s.get("loss")) is float}
+    return found | {f"{s['it']} FD in {s['steps']} step{'s' * (s['steps'] > 1)}, {s['n']} images": s["value"]
+                    for s in figures(run) if (s["net"], s["metric"], s["mode"]) == ("ema", "fd_pixels", "8x8")}
 
 
 def verdict(run):
-    """Is this run's loss normal? 'on track: ..', 'off track: ..', or '' where its flags have no reference. What is more
-    than a fifth outside of what three seeds had is off track, of the last step of both."""
-    entry = reference(config_of(run))
-    said, bad = [], []
-    for what, own, known in zip(("loss", "figures"), named(run), (entry["loss"], entry["figures"]) if entry else ()):
-        common = [name for name in known if name in own]
-        for name in [n for n in common if n.split()[0] == common[-1].split()[0]]:
-            it, *words = name.split()
-            label = f"FD (pixels) in {words[1]} step{'s' * (words[1] != '1')}" if words else f"loss after {it} steps"
-            (lo, hi), value = known[name], own[name]
-            said.append(f"{label} {value:.3f} ({lo:.3f} .. {hi:.3f})")
-            bad.append(value > 1.2 * hi or what == "loss" and value < lo / 1.2)
-    if said:
-        return f"{'off' if any(bad) else 'on'} track: {', '.join(said)}; in brackets: seeds {entry['seeds']}"
-    return ""
+    """Is this run's loss normal? 'on track after 300 steps: ..', 'off track ..', or '' where its flags have no
+    reference. Off track is what is more than a fifth outside of what the seeds of the reference had. An FD may be low,
+    a loss may not: it is where nothing is learned."""
+    if not (entry := reference(config_of(run))):
+        return ""
+    own, said, off = named(run), [], False
+    common = [name.split(maxsplit=1) for name in entry["values"] if name in own]
+    for kind in ("loss", "FD"):
+        last = max((int(it) for it, what in common if what.startswith(kind)), default=0)
+        for what in [what for it, what in common if int(it) == last and what.startswith(kind)]:
+            (lo, hi), value = entry["values"][f"{last} {what}"], own[f"{last} {what}"]
+            said.append(f"{what} {value:.3f} ({lo:.3f} .. {hi:.3f})")
+            off |= not value <= 1.2 * hi or kind == "loss" and value < lo / 1.2
+    it = max((int(it) for it, _ in common), default=0)
+    text = f"{'off' if off else 'on'} track after {it} steps: {'; '.join(said)}; reference: seeds {entry['seeds']}"
+    return text if said else ""
 
 
 def newest(path):
@@ -227,8 +233,7 @@ def table(run, it):
     """Print the last figures of the teacher, of 1 step and of --steps; return {"fd_pixels_2step": value, ..}."""
     def column(s):
         return "teacher" if s["net"] == "teacher" else f"{s['steps']}step"
-    # the last one wins
-    last = {(s["metric"], s["mode"], column(s)): s for s in figures(run.dir) if s["it"] in (0, it)}
+    last = {(s["metric"], s["mode"], column(s)): s for s in figures(run.dir) if s["it"] in (0, it)}    # the last wins
     columns = dict.fromkeys(["teacher", "1step", f"{run.args.steps}step"])
     result = {}
     for (metric, mode), title in TITLES.items():
@@ -239,8 +244,8 @@ def table(run, it):
         for s in rows:
             label = f"teacher, {s['steps']} Heun step" if s["net"] == "teacher" else f"{s['steps']} step"
             label += "s" * (s["steps"] > 1) + (f", t_mid {s['t_mid']:g}" if s["t_mid"] else "")
-            more = [last.get((name, mode, column(s))) for name in ("precision", "recall")]
-            more = "".join(f"{v['value']:8.2f}" for v in more if v and v["n"] == s["n"])
-            say(f"  {label:26}{s['value']:8.3f}{more}")
+            more = [last.get((name, mode, column(s)), dict(n=0)) for name in ("precision", "recall")]
+            more = [f"{v['value']:8.2f}" if v["n"] == s["n"] else f"{'-':>8}" for v in more]
+            say(f"  {label:26}{s['value']:8.3f}{''.join(more)}")
             result[f"{metric}_{column(s)}"] = s["value"]
     return result

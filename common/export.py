@@ -1,10 +1,11 @@
 """python -m common.export RUN OUT
 
-The averaged weights of a run for other programs, float32. OUT ends in .safetensors: tensors, beside them as metadata
-the description from which common.teacher.load, given that file, makes the network again; needs the package safetensors.
-OUT ends in .pt: a state dict under the names of EDM's own checkpoints, for load_state_dict of its EDMPrecond."""
+The averaged weights of a run for other programs, float32. OUT ends in .safetensors: tensors, and as metadata the
+description from which common.teacher.load, given that file, makes the network again; needs the package safetensors. OUT
+ends in .pt: a state dict with the names of EDM's checkpoints, for load_state_dict of its EDMPrecond."""
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,25 +15,20 @@ from common.flags import BadInput, Parser, brief, say
 from common.released import load
 
 
-def to_safetensors(net, out):
-    """Raises BadInput without the package."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise BadInput(f"{out}: this needs the package safetensors; pip install safetensors, or name a .pt")
-    save_file(tensors(net), out, dict(format="pt", model=json.dumps(net.spec)))
-
-
-def to_edm(net, out):
-    """BadInput unless the network is one of EDM's: a U-Net in EDM's coordinates, without sCM's changes."""
-    spec = net.spec
+def write(net, out, file):
+    """Write `file`, in the format that the ending of `out` names. Raises BadInput where that is not possible."""
+    spec, weights = net.spec, {k: v.to(torch.float32).contiguous() for k, v in net.state_dict().items()}
+    if out.suffix == ".safetensors":
+        try:
+            from safetensors.torch import save_file
+        except ImportError:
+            raise BadInput(f"{out}: this needs the package safetensors; pip install safetensors, or name a .pt")
+        return save_file(weights, file, dict(format="pt", model=json.dumps(spec)))
     if spec["flow"] != "edm" or spec["net"] == "dit" or spec["kwargs"]["norm"] != "single":
         raise BadInput(f"{out}: a {spec['net']} of flow {spec['flow']} is none of EDM's networks; name a .safetensors")
-    torch.save(tensors(net), out)
-
-
-def tensors(net):
-    return {k: v.detach().to(torch.float32).contiguous() for k, v in net.state_dict().items()}
+    torch.save(weights, file)
+    say(f"not in the file: sigma_data {spec['sd']:g}" + (
+        f"; c_skip and c_out of f(x, {spec['t_min']:g}) = x, which EDMPrecond lacks" if spec["t_min"] else ""))
 
 
 @folder.guarded
@@ -42,17 +38,17 @@ def main(argv=None):
     ap.add_argument("out", help="a .safetensors or a .pt")
     a = ap.parse_args(argv)
     out = Path(a.out)
-    write = {".safetensors": to_safetensors, ".pt": to_edm}.get(out.suffix)
-    if write is None:
+    if out.suffix not in (".safetensors", ".pt"):
         raise BadInput(f"{out}: the ending says what is written; name a .safetensors or a .pt")
-    net, tmp = load(a.run), out.with_name(f"{out.name}.tmp")
+    if (out.parent / "config.json").exists():
+        raise BadInput(f"{out}: this is a run folder, whose own files end in .pt, too; name another place")
+    net = load(a.run)
     try:
-        write(net, tmp)
-        os.replace(tmp, out)
-    except OSError as e:
-        raise BadInput(f"{out}: {e.strerror or brief(e)}")
-    finally:
-        tmp.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
+            write(net, out, Path(tmp) / out.name)
+            os.replace(Path(tmp) / out.name, out)
+    except Exception as e:                                # of the disk; safetensors has kinds of its own
+        raise BadInput(f"{out} cannot be written: {getattr(e, 'strerror', None) or brief(e)}")
     say(f"{sum(v.numel() for v in net.parameters()) / 1e6:.2f} M parameters: {out}")
     return out
 

@@ -21,6 +21,7 @@ from common.flags import BadInput, Parser, brief, device_of, say
 NOISE = 2**26                     # numbers of noise to draw at a time: half a gigabyte
 MODE = "legacy_tensorflow"        # the resize behind the published figures; clean-fid's own is "clean"
 FEW = 10_000                      # images, at most, whose neighbours are looked for: the time grows with the square
+REAL = {}                         # {(SHA-256, n, mode): features of real images}, of the last figure
 
 
 def noise_of(ids, k, shape, device, seed=0):
@@ -71,7 +72,7 @@ def fd_pixels(real, fake):
 
 def prdc(real, fake, k=5):
     """How far two sets of points, [N,D] and [M,D], cover each other. A ball reaches from a point to the k-th nearest of
-    its own set, or to the farthest of fewer. Returns {name: value}:
+    its own set, or to the farthest of fewer; k = 5 is Naeem's, Kynkaanniemi has 3. Returns {name: value}:
 
     precision   share of fake points in the ball of a real one         (Kynkaanniemi et al. 2019, arXiv:1904.06991)
     recall      share of real points in the ball of a fake one         (the same)
@@ -79,11 +80,10 @@ def prdc(real, fake, k=5):
     coverage    share of real points whose own ball holds a fake one   (the same, eq. 4)"""
     real, fake = real.double(), fake.double()
 
-    def radii(x):
-        j = min(k + 1, len(x))                            # the nearest is the point itself
-        return torch.cat([torch.cdist(rows, x).kthvalue(j).values for rows in x.split(1000)])
+    def radii(x):                                         # the nearest is the point itself
+        return torch.cat([torch.cdist(rows, x).kthvalue(min(k, len(x) - 1) + 1).values for rows in x.split(1000)])
     r, s = radii(real), radii(fake)
-    around, recall, coverage = torch.zeros(len(fake), dtype=torch.int64), 0, 0
+    around, recall, coverage = torch.zeros(len(fake), dtype=torch.int64, device=fake.device), 0, 0
     for rows, radius in zip(real.split(1000), r.split(1000)):             # 10,000 x 10,000 distances are 0.8 GB
         d = torch.cdist(rows, fake)
         near = d <= radius[:, None]
@@ -109,11 +109,13 @@ def fid(data, fake, data_dir, mode=MODE, kept=None):
 
 def neighbours(data, n, data_dir, mode=MODE):
     """The features [n, D] of the real images with which prdc compares n generated ones; None if these are too many."""
-    kept, images = [], data.images[chosen(data, n).to(data.images.device)]
-    if n > FEW:
-        return None
-    moments(images, inception(data_dir, images.device), mode, kept)
-    return torch.cat(kept)
+    key = data.sha256, n, mode
+    if n <= FEW and key not in REAL:
+        images = data.images[chosen(data, n).to(data.images.device)]
+        moments(images, inception(data_dir, images.device), mode, kept := [])
+        REAL.clear()
+        REAL[key] = torch.cat(kept)
+    return REAL.get(key)
 
 
 @lru_cache(maxsize=1)
@@ -167,7 +169,7 @@ def moments(images, net, mode=MODE, kept=None):
         total = total + f.T @ f                           # the column of ones gives count and sum
     if world > 1:
         dist.all_reduce(total)
-        if kept:
+        if kept is not None and len(images) <= FEW:
             dist.all_gather_object(parts := [None] * world, kept)
             kept[:] = sum(parts, [])
     total = total.cpu()

@@ -179,7 +179,7 @@ def load(path, device="cpu"):
         elif str(path).endswith(".safetensors"):          # of common.export
             from safetensors import safe_open
             with safe_open(path, "pt") as f:
-                spec, weights = json.loads(f.metadata()["model"]), {k: f.get_tensor(k) for k in f.keys()}
+                spec, weights = json.loads(f.metadata()["model"]), {k: f.get_tensor(k).float() for k in f.keys()}
         else:
             ckpt = folder.load(path)
             spec, weights = ckpt["model"], ckpt["ema"]

@@ -119,6 +119,8 @@ class Run:
             folder.write_config(self.dir, a, self.asked, self.file, data, parameters=count, **self.about)
         folder.free(a.out)                                # taken by teacher.locate, until others can see this config
         self.began, self.start_it, self.logged = clock(), it, (clock(), it)
+        earlier = [s["sec"] for s in evaluate.lines(self.dir / "log.jsonl") if type(s.get("sec")) is float]
+        self.earlier = max(earlier, default=0.0)          # seconds of training before this --resume
         self.spent = {"evaluation": 0.0, "saves": 0.0, "start-up": self.began - Run.others - self.born}  # seconds
         self.reset()
         if self.device.type == "cuda":
@@ -221,8 +223,8 @@ class Run:
         if not any(v[8:16]):                                    # every step was skipped
             return
         speed = (it - self.logged[1]) * self.args.batch / max(now - self.logged[0], 1e-9)     # a clock may stand still
-        line = dict(it=it, sec=round(now - self.began, 2), loss=sum(v[:8]) / max(sum(v[8:16]), 1), **values)
-        line |= {k: x / self.world for k, x in zip(names, v[16:])}
+        line = dict(it=it, sec=round(self.earlier + now - self.began, 2), loss=sum(v[:8]) / max(sum(v[8:16]), 1))
+        line |= values | {k: x / self.world for k, x in zip(names, v[16:])}
         line |= {f"loss_t{i}": s / n for i, (s, n) in enumerate(zip(v[:8], v[8:16])) if n}
         line |= dict(img_s=round(speed, 1), mem_gb=round(memory(self.device), 3))
         self.append("log.jsonl", {k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in line.items()})

@@ -77,10 +77,15 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     run = saved(tmp_path / "run", TrigFlow(UNet(**SIZE, ch=32, mult=(1,), blocks=1, attn=())))
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for out, words in (("x.pt", "none of EDM's networks"), ("x.onnx", "name a .safetensors or a .pt"),
-                       ("x.safetensors", "pip install safetensors"), ("none/x.safetensors", "pip install")):
+                       ("x.safetensors", "pip install safetensors"), ("none/x.safetensors", "cannot be written"),
+                       ("none/x.pt", "cannot be written"), ("run/ckpt.pt/x.pt", "cannot be written")):
         with pytest.raises(SystemExit) as e:
             export.main([str(run), str(tmp_path / out)])
         assert e.value.code == 2 and words in capsys.readouterr().err
+    (run / "config.json").write_text("{}")
+    with pytest.raises(SystemExit) as e:
+        export.main([str(run), str(run / "ckpt.pt")])
+    assert e.value.code == 2 and "is a run folder" in capsys.readouterr().err
     with pytest.raises(SystemExit) as e:
         export.main([str(tmp_path / "missing"), str(tmp_path / "x.pt")])
     assert e.value.code == 2 and [p.name for p in tmp_path.iterdir()] == ["run"]

@@ -17,19 +17,14 @@ def entries(runs):
     for run in map(Path, runs):
         groups[recipe(config_of(run))].append(run)
     for text, same in groups.items():
-        configs, (losses, figures) = [config_of(run) for run in same], zip(*map(named, same))
+        configs, values = [config_of(run) for run in same], [named(run) for run in same]
         about = configs[0]["about"]
+        shared = [name for name in values[0] if all(name in v for v in values)]
         found[hashlib.sha256(text.encode()).hexdigest()] = dict(
             run=" ".join(filter(None, [about["script"], configs[0].get("mode", ""), Path(configs[0]["dataset"]).name])),
-            seeds=", ".join(str(c["seed"]) for c in sorted(configs, key=lambda c: c["seed"])), device=about["device"],
-            torch=about["torch"], loss=span(losses), figures={k: v for k, v in span(figures).items() if " f" in k})
+            seeds=", ".join(map(str, sorted(c["seed"] for c in configs))), device=about["device"], torch=about["torch"],
+            values={name: [float(f"{f(v[name] for v in values):.4g}") for f in (min, max)] for name in shared})
     return found
-
-
-def span(values):
-    """[{name: value}] -> {name: [lowest, highest]}, of the names that all have."""
-    names = [k for k in values[0] if all(k in v for v in values)]
-    return {k: [f([float(f"{v[k]:.4g}") for v in values]) for f in (min, max)] for k in names}
 
 
 def main(argv=None):

@@ -68,9 +68,9 @@ def read(path):
     return run
 
 
-def strips(run, n=SHOWN):
-    """{steps: PNG of the first n images of the newest grid}, 0 steps: the teacher's. The grids of all runs begin with
-    the same noise, and with --cond with one image of each class."""
+def strips(run):
+    """{steps: PNG of the first images of the newest grid}, 0 steps: the teacher's. The grids of all runs begin with the
+    same noise, and with --cond with one image of each class."""
     newest, found = {}, {}
     for file in (run.path / "samples").glob("*.png") if run.images else ():
         if m := re.fullmatch(r"(\d+)_(?:(\d+)step|teacher)", file.stem):
@@ -86,7 +86,7 @@ def strips(run, n=SHOWN):
             if not grid or grid.width * grid.height > 2**26:
                 raise ValueError
             grid = np.asarray(grid.convert("RGB"))[:h * zoom:zoom, ::zoom]
-            Image.fromarray(grid[:, :n * (w + 1) - 1]).save(buffer, "png")
+            Image.fromarray(grid[:, :SHOWN * (w + 1) - 1]).save(buffer, "png")
             found[k] = buffer.getvalue()
         except Exception:                                 # Pillow raises many kinds
             run.notes.append(f"{file.name} is damaged")

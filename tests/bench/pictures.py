@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 from common import compare, sample
 
 NAMES = dict(cd="CD", ct="CT", ict="iCT", ect="ECT", rcm="rCM", teacher="teacher") | {"scm sct": "sCT", "scm scd": "sCD"}
-ACROSS = 16                                               # images in a row
 
 
 def sheet(rows):
@@ -30,7 +29,7 @@ def methods(runs):
     """The first images of the newest grids; enlarged if they are small."""
     rows = {}
     for run in map(compare.read, runs):
-        for steps, strip in compare.strips(run, ACROSS).items():
+        for steps, strip in run.strips.items():
             picture = Image.open(io.BytesIO(strip))
             zoom = max(1, 32 // picture.height)
             name = f"{NAMES.get(run.method, run.method)}, {compare.in_steps(steps)}" if steps else "teacher"
@@ -42,7 +41,7 @@ def edits(run):
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
         for edit in ("inpaint", "superres", "stroke", "denoise", "interpolate"):
-            sample.main([run, "--edit", edit, "--n", "24" if edit == "interpolate" else str(ACROSS), "--out", f"{tmp}/x.png"])
+            sample.main([run, "--edit", edit, "--n", "24" if edit == "interpolate" else "16", "--out", f"{tmp}/x.png"])
             rows.append((edit, Image.open(f"{tmp}/x.png").convert("RGB")))
     return rows
 

@@ -258,7 +258,7 @@ def test_a_run_on_two_ranks(both, out):
         logged = torch.tensor([r[name] for r in lines(run / "log.jsonl")])
         assert torch.allclose(logged, parts.mean((0, 2)), rtol=1e-4)
         assert len({float(v) for v in parts.flatten()}) == 16
-    assert len(lines(run / "eval.jsonl")) == 4
+    assert len(lines(run / "eval.jsonl")) == 2 * 2 * 5    # twice, in 1 and 2 steps: FD, precision and so on
     assert json.loads((run / "config.json").read_text())["about"]["ranks"] == 2
 
 
@@ -313,7 +313,7 @@ def test_a_sharded_run_equals_an_unsharded_one(both, out):
     assert near(teachers.load(a)(noise, t), teachers.load(b)(noise, t))
     for r, s in zip(lines(a / "eval.jsonl"), lines(b / "eval.jsonl"), strict=True):
         assert (r["it"], r["steps"]) == (s["it"], s["steps"])
-        assert r["value"] == pytest.approx(s["value"], abs=0.05)
+        assert r["value"] == pytest.approx(s["value"], abs=0.05 if r["metric"] == "fd_pixels" else 0.2), r["metric"]
 
 
 def test_a_sharded_run_skips_and_stops_on_all_ranks(both, out):

@@ -85,6 +85,11 @@ def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def distances(run):
+    """The lines of eval.jsonl without precision, recall, density and coverage, which stand beside each."""
+    return [s for s in lines(run / "eval.jsonl") if s["metric"] in ("fd_pixels", "fid")]
+
+
 def pixels(cols, rows, side=8):
     """Size of a picture of images with `side` pixels a side, enlarged to 32, and one pixel between them."""
     return tuple((n * (side + 1) - 1) * max(1, 32 // side) for n in (cols, rows))

@@ -368,6 +368,7 @@ def test_figures_of_few_images_come_with_precision(net, tmp_path, monkeypatch):
     real = fid.neighbours(a, 20, tmp_path)
     assert torch.allclose(real, features(net, a.images[fid.chosen(a, 20)]), atol=1e-6)
     monkeypatch.setattr(fid, "FEW", 19)
+    fid.REAL.clear()
     fid.fid(a, b.images, tmp_path, kept=(kept := []))
     assert kept == [] and fid.neighbours(a, 20, tmp_path) is None
 

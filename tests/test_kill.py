@@ -47,7 +47,7 @@ def go_on(script, run, whole, train, starts=()):
     from test_run import ckpt, same
     train(script, "--resume", str(run))
     assert same(ckpt(run), ckpt(whole)) and {p.name for p in run.iterdir()} == {p.name for p in whole.iterdir()}
-    log, figures = ([[(r["it"], r.get("steps")) for r in lines(path / name)] for path in (run, whole)]
+    log, figures = ([[(r["it"], r.get("steps"), r.get("metric")) for r in lines(path / name)] for path in (run, whole)]
                     for name in ("log.jsonl", "eval.jsonl"))
     assert log[0] == log[1] and set(figures[0]) <= set(figures[1])
     assert all(figures[0].count(v) == 1 for v in figures[1] if v[0] not in starts)

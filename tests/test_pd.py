@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import equal, lines, weights
+from conftest import distances, equal, lines, weights
 from test_same import HEADS, flags, free_names, section, shared, text, without_arguments
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -218,7 +218,7 @@ def test_each_stage_begins_with_the_average_of_the_last(ladder, train, monkeypat
 def test_figures_are_of_a_network_in_the_steps_of_its_stage(ladder):
     """Two steps of a student of one, or one of a student of two."""
     metrics, run, _ = ladder
-    found = [(s["it"], s["steps"]) for s in lines(run / "eval.jsonl") if s["net"] == "ema"]
+    found = [(s["it"], s["steps"]) for s in distances(run) if s["net"] == "ema"]
     assert found == [(2, 4), (3, 2), (6, 2), (9, 1), (10, 1)]
     assert set(metrics) == {"run", "fd_pixels_teacher", "fd_pixels_1step"}
     log = lines(run / "log.jsonl")
@@ -280,7 +280,7 @@ def test_gradients_are_clipped_and_what_is_sampled_of_many_steps_is_not_measured
     _, run = train(PD, "--teacher", str(guide), "--N", "128", "--steps", "64", "--iters", "4")
     hook.remove()
     assert len(norms) == 4 and all(norm == ("Adam", pytest.approx(1, abs=1e-4)) for norm in norms)
-    assert [(s["it"], s["steps"]) for s in lines(run / "eval.jsonl") if s["net"] == "ema"] == [(4, 64)]
+    assert [(s["it"], s["steps"]) for s in distances(run) if s["net"] == "ema"] == [(4, 64)]
     assert (run / "source/tests/bench/pd.py").read_text() == text(PD)
     assert json.loads((run / "config.json").read_text())["about"]["script"] == PD
 

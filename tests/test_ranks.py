@@ -178,7 +178,7 @@ def half(out, name="half"):
 
 if __name__ == "__main__":
     rank, evaluate.FD_IMAGES = int(os.environ["RANK"]), 64
-    faulthandler.dump_traceback_later(120, exit=True)                     # ranks that wait for each other
+    faulthandler.dump_traceback_later(280, exit=True)                     # ranks that wait for each other
     work(Path(sys.argv[1]))
     sys.exit()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DISTIL, METHODS, ROOT, TINY, equal, lines, pixels, snapshot, weights
+from conftest import DISTIL, METHODS, ROOT, TINY, distances, equal, lines, pixels, snapshot, weights
 from PIL import Image
 
 import ect
@@ -351,8 +351,8 @@ def test_run_folder_is_complete(method, train):
     assert (kept["iters"], kept["mult"], kept["resume"], about["script"]) == (4, [1, 2], "", method)
     assert about.keys() >= {"argv", "commit", "torch", "ranks", "device", "data_sha256"}
 
-    log, figures = lines(run / "log.jsonl"), lines(run / "eval.jsonl")
-    assert [r["it"] for r in log] == [2, 4]
+    log, figures = lines(run / "log.jsonl"), distances(run)
+    assert [r["it"] for r in log] == [2, 4] and len(lines(run / "eval.jsonl")) == 5 * len(figures)
     for r in log:
         assert r.keys() >= {"it", "sec", "loss", "lr", "img_s", "mem_gb"}
         assert all(map(math.isfinite, r.values()))
@@ -537,7 +537,7 @@ def test_a_finished_run_is_only_sampled(train, capsys):
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.glob("ckpt*")} == before
     assert len(lines(run / "log.jsonl")) == 2
     assert metrics.keys() == {"run", "fd_pixels_1step", "fd_pixels_3step"}
-    last = [(r["it"], r["steps"], r["t_mid"]) for r in lines(run / "eval.jsonl")[-2:]]
+    last = [(r["it"], r["steps"], r["t_mid"]) for r in distances(run)[-2:]]
     assert last == [(4, 1, None), (4, 3, 0.5)]
     assert Image.open(run / "samples/0000004_3step.png").size == pixels(3, 3)
     assert "3 steps, t_mid 0.5" in capsys.readouterr().out
@@ -608,7 +608,7 @@ def test_a_teacher_of_a_trial_is_not_taken_for_the_real_one(train, tmp_path, cap
     real, out = Path(config(run)["teacher"]), capsys.readouterr().out
     assert real.name == "teacher-digits-001" and snapshot(trial) == before and ckpt(real)["it"] == 2
     assert "is finished after 1 steps, fewer than 2; it is not used" in out
-    (figure,) = [r["value"] for r in lines(real / "eval.jsonl")]
+    (figure,) = [r["value"] for r in distances(real)]
     assert f"teacher: {real}, 2 steps, FD (pixels) {figure:.3f}\n" in out
     _, run = train("ect", *auto, "1")
     assert config(run)["teacher"] == str(real), "the newest that has enough"
@@ -756,7 +756,7 @@ def test_a_torn_line_takes_no_other_with_it(train, tmp_path):
         (cut / name).write_bytes(b"".join(kept[:2]) + kept[1][:20] + b"\xff")
     train("ect", "--resume", str(cut))
     assert [r["it"] for r in lines(cut / "log.jsonl")] == [1, 2, 3, 4]
-    assert [r["it"] for r in lines(cut / "eval.jsonl")] == [2, 2, 4, 4]
+    assert [r["it"] for r in lines(cut / "eval.jsonl")] == [2, 2, *[4] * 10]
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(train, monkeypatch):

@@ -25,7 +25,6 @@ matplotlib.use("Agg")                                     # draws into files, wi
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import ScalarFormatter  # noqa: E402
 
-plt.rcParams["text.parse_math"] = False                   # a name may hold a $
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
 PLAIN = {"it", "sec", "loss", "img_s", "mem_gb"}          # of log.jsonl; the rest are scalars of the method's own
 BINS = ["< .01", ".01", ".046", ".22", "1", "4.6", "22", "> 100"]
@@ -33,11 +32,16 @@ SHOWN = 8                                                 # images of a run in t
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}td,th{padding:.25em .7em;text-align:right;
 border-bottom:1px solid #ddd;vertical-align:top}td:first-child,th:first-child,td:last-child{text-align:left}
-td:first-child{white-space:nowrap}th{border-bottom:2px solid #888}img{max-width:100%}
+td:not(:last-child){white-space:nowrap}th{border-bottom:2px solid #888}img{max-width:100%}
 td img{image-rendering:pixelated;height:40px;max-width:none}"""
 
 
 # ---- what is known of a run ----------------------------------------------------------------------
+def plain(name):
+    """A name of somebody's for the page and for matplotlib, to which a $ begins a formula."""
+    return printable(name).replace("$", "?")
+
+
 def read(path):
     """A run folder: its name, method, config, log, results, strips, notes. Raises BadInput where it is none."""
     path, config = Path(path), config_of(path)
@@ -49,11 +53,11 @@ def read(path):
     if not re.fullmatch(r"\w+(\.\w+)*", script):
         raise BadInput(f"{path}: its config.json names the script {printable(script)}, which is none")
     for s in lines(path / "log.jsonl"):
-        s = {printable(k): v for k, v in s.items() if type(v) in (int, float) and abs(v) < 2**53}
+        s = {plain(k): v for k, v in s.items() if type(v) in (int, float) and abs(v) < 2**53}
         log += [s] if {"it", "sec", "loss"} <= s.keys() else []
-    run = SimpleNamespace(path=path, name=printable(path.resolve().name), config=config, about=about, log=log, notes=[],
+    run = SimpleNamespace(path=path, name=plain(path.resolve().name), config=config, about=about, log=log, notes=[],
                           figures=figures(path), group=recipe(config), verdict=verdict(path))
-    run.method = printable(" ".join(filter(None, [script.split(".")[-1], str(config.get("mode") or "")])))
+    run.method = plain(" ".join(filter(None, [script.split(".")[-1], str(config.get("mode") or "")])))
     run.images = images if len(images) == 4 and all(type(n) is int and 0 < n < 2**31 for n in images) else None
     run.steps = max((s["it"] for s in log or run.figures), default=0)
     run.results = defaultdict(dict)       # {(metric, mode, n): {sampling steps, of the teacher 0: its newest figure}}
@@ -248,15 +252,15 @@ def as_html(parts):
 
 
 def as_markdown(parts):
-    def plain(v):
+    def escaped(v):
         return re.sub(r"([\\|<>])", r"\\\1", v)
     text, marks = "", dict(h1="# ", h2="## ", p="")
     for kind, x in parts:
         if kind == "table" and not any(isinstance(v, bytes) for row in x for v in row):
-            rows = ["| " + " | ".join(map(plain, row)) + " |\n" for row in x]
+            rows = ["| " + " | ".join(map(escaped, row)) + " |\n" for row in x]
             text += "".join([rows[0], "|---" * len(x[0]) + "|\n", *rows[1:]]) + "\n"
         elif kind in marks:
-            text += f"{marks[kind]}{plain(x)}\n\n"
+            text += f"{marks[kind]}{escaped(x)}\n\n"
     return text
 
 
@@ -280,7 +284,7 @@ def main(argv=None):
         raise BadInput(f"nothing to compare: {'; '.join(refused)[:300]}")
     if len({r.name for r in runs}) < len(runs):           # of several --out
         for r in runs:
-            r.name = printable(r.path)
+            r.name = plain(r.path)
     parts = list(page(runs, refused))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,12 @@ def sheet(rows):
 
 
 def methods(runs):
-    """The first images of the newest grids; enlarged if they are small."""
+    """The first images of the newest grids, enlarged."""
     rows = {}
     for run in map(compare.read, runs):
         for steps, strip in run.strips.items():
             picture = Image.open(io.BytesIO(strip))
-            zoom = max(1, 32 // picture.height)
+            zoom = max(2, 48 // picture.height)
             name = f"{NAMES.get(run.method, run.method)}, {compare.in_steps(steps)}" if steps else "teacher"
             rows.setdefault(name, picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST))
     return list(rows.items())

@@ -173,7 +173,8 @@ def recipe(config):
 def reference(config):
     """The entry of reference.json for a run with this config.json, or None: "seeds", and "values", {name: [lowest,
     highest]} with the names of `named`."""
-    return json.loads(REFERENCE.read_text()).get(hashlib.sha256(recipe(config).encode()).hexdigest())
+    known = json.loads(REFERENCE.read_text()) if REFERENCE.is_file() else {}
+    return known.get(hashlib.sha256(recipe(config).encode()).hexdigest())
 
 
 def named(run):
@@ -186,8 +187,8 @@ def named(run):
 
 def verdict(run):
     """Is this run's loss normal? 'on track after 300 steps: ..', 'off track ..', or '' where its flags have no
-    reference. Off track is what is more than a fifth outside of what the seeds of the reference had. An FD may be low,
-    a loss may not: it is where nothing is learned."""
+    reference. Off track is what is half as much again as all seeds of the reference had; seeds, machines and teachers
+    differ by a fifth. A loss at half of theirs is, too: it is low where nothing is learned."""
     if not (entry := reference(config_of(run))):
         return ""
     own, said, off = named(run), [], False
@@ -197,7 +198,7 @@ def verdict(run):
         for what in [what for it, what in common if int(it) == last and what.startswith(kind)]:
             (lo, hi), value = entry["values"][f"{last} {what}"], own[f"{last} {what}"]
             said.append(f"{what} {value:.3f} ({lo:.3f} .. {hi:.3f})")
-            off |= not value <= 1.2 * hi or kind == "loss" and value < lo / 1.2
+            off |= not value <= hi + abs(hi) / 2 or kind == "loss" and value < lo - abs(lo) / 2
     it = max((int(it) for it, _ in common), default=0)
     text = f"{'off' if off else 'on'} track after {it} steps: {'; '.join(said)}; reference: seeds {entry['seeds']}"
     return text if said else ""

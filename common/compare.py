@@ -128,12 +128,12 @@ def qualities(runs):
         own, seeds = [k for m, k in columns if m == metric], defaultdict(dict)
         for r in mine:
             seeds[r.group, r.steps].setdefault(r.config["seed"], (r.method, r.results[metric, mode, n]))
-        rows = [["method", "seeds", *map(in_steps, own)]]
-        for (_, steps), same in seeds.items():
+        rows = []
+        for same in (s for s in seeds.values() if len(s) > 1):
             values = [[found[k]["value"] for _, found in same.values() if k in found] for k in own]
             rows.append([same[min(same)][0], ", ".join(map(str, sorted(same))), *(
                 f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" if len(x) > 1 else "" for x in values)])
-        if rows := [row for row in rows if ", " in row[1]]:
+        if rows:
             yield "Mean ± standard deviation over seeds", [["method", "seeds", *map(in_steps, own)], *rows]
 
 
@@ -178,10 +178,10 @@ def progress(runs):
             ax.yaxis.set_major_formatter(ScalarFormatter())
             ax.grid(alpha=.3, which="both")
         axes[0].set_ylabel(TITLES[metric, mode])
-        axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        picture = png(figure)
         if labels:
-            yield f"{TITLES[metric, mode]} of {n:,} images while they train", picture
+            axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+            yield f"{TITLES[metric, mode]} of {n:,} images while they train", png(figure)
+        plt.close(figure)
 
 
 def logs(runs):

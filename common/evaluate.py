@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common import fid, folder
 from common.fid import chosen
-from common.flags import MAY_CHANGE, ROOT, BadInput, config_of, known, say
+from common.flags import ADDED, MAY_CHANGE, ROOT, BadInput, config_of, known, say
 
 FD_IMAGES = 2048                  # images, real and generated, of fd_pixels; fewer if the data set has fewer
 REFERENCE = ROOT / "common/reference.json"        # loss and figures of the presets: tests.bench.reference
@@ -165,8 +165,10 @@ def cut_logs(run, it):
 
 
 def recipe(config):
-    """What two runs have in common that differ by their seed alone, of their config.json."""
-    flags = {k: v for k, v in config.items() if k not in FREE} | dict(pretrained=config.get("teacher") != "none")
+    """What two runs have in common that differ by their seed alone, of their config.json. A flag at the value that it
+    has in runs older than itself is left out: it must not set new runs apart from those."""
+    flags = {k: v for k, v in config.items() if k not in FREE and (k, v) not in ADDED.items()}
+    flags |= dict(pretrained=config.get("teacher") != "none")
     return json.dumps([config["about"]["script"], config["about"]["data_sha256"], flags], sort_keys=True)
 
 

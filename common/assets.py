@@ -222,9 +222,11 @@ def check_claims(path, infos):
                          "other means than deflate; pack it anew")
 
 
-def perceptual(device):
+def perceptual(data, device):
     """LPIPS with VGG16 at 224 x 224 (arXiv:1801.03924), from the optional package lpips: a function of two batches
-    of images in [-1, 1] that returns [B]. Raises BadInput."""
+    of images of `data` in [-1, 1] that returns [B]. Raises BadInput."""
+    if data.latent:
+        raise BadInput(f"LPIPS compares pictures; {data.name} holds latents")
     try:
         import lpips
         vgg = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)

@@ -25,6 +25,7 @@ from common.flags import DATASETS, BadInput, brief, meant, printable, say
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")     # whatever the ending: EPS would run a program
 INDEX = "dataset.json"      # the labels of a data set in EDM's format, at its top
+LATENT = ("prompts", "pipeline", "sha256", "size")            # in a .npz of common.latent, beside images and labels
 warnings.filterwarnings("ignore", module="PIL")             # what cannot be read is named here
 say_once = lru_cache(maxsize=None)(say)                     # a run and its teacher load the same
 
@@ -37,13 +38,14 @@ def mix(*ints):
 @dataclass
 class Data:
     name: str                 # digits, cifar10, ..., or that of the folder or file, if short
-    images: torch.Tensor      # uint8 [N, C, H, W] on the device, channels_last
+    images: torch.Tensor      # uint8 [N, C, H, W] on the device, channels_last; latents: float16
     labels: torch.Tensor      # int64 [N] on the device, zeros if there are none
     classes: int              # number of classes, 0 without labels
-    names: list = field(default_factory=list)   # of the classes: str
+    names: list = field(default_factory=list)   # of the classes: str; of latents the captions
+    latent: dict = field(default_factory=dict)  # of latents alone: pipeline, its sha256, size in pixels
 
     def batch(self, it, n, seed=0, flip=False, part=0, parts=1):
-        """Images [n/parts, C, H, W] in [-1, 1] and labels [n/parts]: slice `part` of step `it`.
+        """Images [n/parts, C, H, W] in [-1, 1], or latents, and labels [n/parts]: slice `part` of step `it`.
 
         The step takes images [it n, (it + 1) n) of an endless sequence of shuffled epochs. They and their flips follow
         from (seed, it), whatever `parts` (ranks x --accum) is."""
@@ -56,12 +58,14 @@ class Data:
             g = torch.Generator().manual_seed(mix(seed, 1, it))           # not the global one
             heads = torch.rand(n, 1, 1, 1, generator=g)[part * count:][:count] < 0.5
             x = torch.where(heads.to(device, non_blocking=True), x.flip(-1), x)         # no host sync
-        return x.float() / 127.5 - 1, self.labels[i]
+        return x.float() if self.latent else x.float() / 127.5 - 1, self.labels[i]
 
     @cached_property
     def sha256(self):
-        """Of the bytes of images [N, C, H, W] and labels: what config.json knows the data by."""
-        return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in (self.images, self.labels))).hexdigest()
+        """Of the bytes of images [N, C, H, W], labels and captions: what config.json knows the data by."""
+        said = ["\0".join(self.names).encode()] if self.latent else []
+        parts = [v.cpu().numpy().tobytes() for v in (self.images, self.labels)]
+        return hashlib.sha256(b"".join(parts + said)).hexdigest()
 
 
 @lru_cache(maxsize=2)         # a step may straddle two epochs
@@ -75,7 +79,7 @@ def load(name, data_dir="data", size=0, device="cpu"):
     """The data set `name`: digits | mnist | fashion_mnist | cifar10, with -test: its test images | a folder or .zip of
     images, also in EDM's format | an image | a .npz. `size`, pixels a side, is for images, folders and .zip files; 0:
     32, or in EDM's format the size of its images; None: the one size of all. Raises BadInput."""
-    path, base, names = Path(os.path.expanduser(name)), name.removesuffix("-test"), None
+    path, base, names, latent = Path(os.path.expanduser(name)), name.removesuffix("-test"), None, {}
     if name == "digits":
         path = Path(__file__).with_name("digits.npz")
     if base in DATASETS and base != "digits":
@@ -88,7 +92,7 @@ def load(name, data_dir="data", size=0, device="cpu"):
         images, labels, names = from_files(path, size)
         name = path.resolve().name if path.is_dir() else path.stem
     elif os.path.isfile(path) and path.suffix.lower() == ".npz":
-        images, labels = from_npz(path)
+        images, labels, names, latent = from_npz(path)
         if size not in (None, 0, images.shape[1]):
             raise BadInput(f"{printable(name)} has images of {images.shape[1]} pixels a side; leave --size out")
         name = path.stem
@@ -96,15 +100,16 @@ def load(name, data_dir="data", size=0, device="cpu"):
         such = "" if os.path.exists(path) else "such "
         raise BadInput(f"{printable(name[-200:])} is no {such}folder of images, .zip, .npz or picture, nor one of "
                        f"{', '.join(DATASETS)}{meant(name, DATASETS)}")
-    classes = 0 if labels is None else int(labels.max()) + 1
+    classes = len(names) if latent else 0 if labels is None else int(labels.max()) + 1
     labels = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels.astype(int))
     images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # as a view: channels_last
     labels, names = labels.to(device, torch.int64), names or [*map(str, range(classes))]
-    return Data(printable(name)[:50], images, labels, classes, names)
+    return Data(printable(name)[:50], images, labels, classes, names, latent)
 
 
 def from_npz(file):
-    """uint8 [N, H, W, C], labels [N] or None. Raises BadInput."""
+    """uint8 [N, H, W, C], labels [N] or None, None, {}; of common.latent: float16 [N, h, w, C], labels, captions, and
+    what Data.latent holds. Raises BadInput."""
     def array(z, name):                                               # in parts, whatever it claims
         part = SimpleNamespace(read=lambda n, read=z.open(name).read: read(min(n, 2**24)))
         return np.lib.format.read_array(part, allow_pickle=False)
@@ -113,16 +118,22 @@ def from_npz(file):
             assets.check_claims(file, z.infolist())
             images = array(z, "images.npy")
             labels = array(z, "labels.npy") if "labels.npy" in z.namelist() else None
+            more = {k: array(z, f"{k}.npy") for k in LATENT if f"{k}.npy" in z.namelist()}
         n, h, w, c = images.shape if images.ndim == 4 else (*images.shape, 1)
-        if images.dtype != np.uint8 or 0 in (n, h) or h != w or c not in (1, 3):
+        kinds = (np.float16, range(1, 65), np.isfinite(images).all()) if more else (np.uint8, (1, 3), True)
+        if images.dtype != kinds[0] or 0 in (n, h) or h != w or c not in kinds[1] or not kinds[2]:
             raise ValueError(f"images are {images.dtype} {images.shape}")
         if labels is not None and (labels.shape != (n,) or labels.dtype.kind not in "iu"
                                    or not 0 <= labels.min() <= labels.max() < max(n, 1000)):
             raise ValueError(f"labels, {labels.dtype} {labels.shape}, reach {labels.max()}")
+        names = more.pop("prompts").astype(str).tolist() if more else None
+        latent = dict(pipeline=str(more["pipeline"]), sha256=str(more["sha256"]), size=int(more["size"])) if more else {}
+        if more and not labels.max() < len(names):
+            raise ValueError(f"labels reach {labels.max()}, of {len(names)} captions")
     except Exception as error:                                        # zip, zlib, numpy, ours
         raise BadInput(f"{printable(file)}: {brief(error)}; expected square images, uint8 [N,H,W] or [N,H,W,C], C 1 "
                        "or 3, and labels, if any, integers [N]: number the classes 0, 1, 2, ..")
-    return images.reshape(n, h, w, c), labels
+    return images.reshape(n, h, w, c), labels, names, latent
 
 
 # ---- folders, .zip files, pictures ---------------------------------------------------------------

@@ -18,13 +18,13 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common import fid, folder
+from common import fid, folder, latent
 from common.fid import chosen
 from common.flags import ADDED, MAY_CHANGE, ROOT, BadInput, config_of, known, say
 
 FD_IMAGES = 2048                  # images, real and generated, of fd_pixels; fewer if the data set has fewer
 REFERENCE = ROOT / "common/reference.json"        # loss and figures of the presets: tests.bench.reference
-TITLES = {("fd_pixels", "8x8"): "FD (pixels)", ("fid", fid.MODE): f"FID ({fid.MODE})"}
+TITLES = {("fd_pixels", "8x8"): "FD (pixels)", ("fd_latents", "8x8"): "FD (latents)", ("fid", fid.MODE): f"FID ({fid.MODE})"}
 # What a run's figures do not depend on, but for chance
 FREE = MAY_CHANGE - {"iters", "t_mid", "log_every"} | {"about", "seed", "preset", "accum", "compile", "tf32"}
 
@@ -41,13 +41,13 @@ def picture(images, cols=0):
 
 
 def generate(run, data, n, k, draw, labels=None):
-    """n images of `draw`, uint8 [n,C,H,W] on the CPU, in k sampling steps, with these `labels` [L], repeated, or none.
-    The ranks share the work, and all get the images."""
+    """n images of `draw`, uint8 [n,C,H,W], or latents, on the CPU, in k sampling steps, with these `labels` [L],
+    repeated, or none. The ranks share the work, and all get the images."""
     ids = torch.arange(run.rank, n + -n % run.world, run.world)           # equal shares: sharded calls must pair up
     size, out = 256 if run.device.type == "cuda" else 64, []              # small enough for the bar to move
     for i in tqdm(ids.split(size), "images", leave=False, disable=run.rank > 0, delay=2):
         y = None if labels is None else labels[i % len(labels)].to(run.device)
-        out.append(fid.quantise(draw(fid.noise_of(i, k, data.images.shape[1:], run.device), y)))
+        out.append(fid.quantise(draw(fid.noise_of(i, k, data.images.shape[1:], run.device), y), bool(data.latent)))
     out = torch.cat(out)
     if run.world > 1:
         parts = [torch.empty_like(out) for _ in range(run.world)]
@@ -60,18 +60,19 @@ def evaluate(run, it, data, draw, steps, net="ema"):
     """For each number of sampling steps in the list `steps`: write a grid, measure fd_pixels and, where due, FID. The
     noise is the same in every run and at every training step, so that grids can be compared.
 
+    Of latents, only grids are decoded; those of large pictures would take too long to measure.
     With --cond, metrics use labels as frequent as in the data: with equal shares, even a perfect model of two classes
     at 9:1 would measure a distance of 2.8. In the grid each column is a class."""
     a = run.args
     many, order = a.fid if run.fid_due(it) else 0, chosen(data, len(data.images))
-    n = min(len(order), FD_IMAGES)
+    n = min(len(order), FD_IMAGES) if not data.latent or data.images.shape[-1] <= 16 else 0
     real = data.images[order[:n].to(run.device)]
     near = fid.neighbours(data, many, a.data_dir) if many else None       # features of real images
     labels, classes = (data.labels.cpu()[order], torch.arange(data.classes)) if a.cond else (None, None)
     for k in steps:
         began = time.perf_counter()
         draws = 1 if net == "teacher" else k              # the diffusion sampler draws noise once
-        fake = generate(run, data, max(n, many, 0 if a.cond else a.grid), draws, draw, labels)
+        fake = generate(run, data, max(n, many, 0 if a.cond else a.grid), draws, draw, labels) if n else None
         grid = generate(run, data, a.grid, draws, draw, classes) if a.cond else fake[:a.grid]
         t_mid = getattr(a, "t_mid", None) if k > 1 and net != "teacher" else None
 
@@ -83,8 +84,11 @@ def evaluate(run, it, data, draw, steps, net="ema"):
         if run.rank == 0:
             (run.dir / "samples").mkdir(exist_ok=True)
             name = f"{it:07d}_{'teacher' if net == 'teacher' else f'{k}step'}.png"
-            picture(grid, data.classes if a.cond else 0).save(run.dir / "samples" / name)
-            note(dict(fd_pixels=fid.fd_pixels(real, fake[:n])), n, "8x8")
+            if data.latent:
+                grid = fid.quantise(latent.decode(data.latent["pipeline"], grid, run.device))
+            picture(grid, data.classes if a.cond and not data.latent else 0).save(run.dir / "samples" / name)
+        if run.rank == 0 and n:
+            note({f"fd_{'latents' if data.latent else 'pixels'}": fid.fd_pixels(real, fake[:n])}, n, "8x8")
             note(fid.prdc(fid.pixels(real), fid.pixels(fake[:n])), n, "8x8")
         if many:                                          # all ranks take part
             note(dict(fid=fid.fid(data, fake[:many], a.data_dir, kept=(kept := []))), many, fid.MODE)

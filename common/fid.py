@@ -37,13 +37,13 @@ def noise_of(ids, k, shape, device, seed=0):
     return noise.to(device).to(wide)
 
 
-def quantise(x):
-    """Images in [-1, 1] -> uint8, truncated as in EDM's generate.py: metrics are of what a file would hold. Raises
-    FloatingPointError if a value is not finite, which would look like a black pixel."""
+def quantise(x, latent=False):
+    """Images in [-1, 1] -> uint8, truncated as in EDM's generate.py: metrics are of what a file would hold; latents:
+    float32. Raises FloatingPointError if a value is not finite, which would look like a black pixel."""
     if not x.isfinite().all():
         raise FloatingPointError("the images are not finite: the training of this network has diverged, or its file is "
                                  "damaged; take an earlier checkpoint")
-    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return x.float() if latent else (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def frechet(m1, c1, m2, c2):
@@ -59,8 +59,9 @@ def frechet(m1, c1, m2, c2):
 
 
 def pixels(images):
-    """uint8 [N,C,H,W] -> float64 [N,D]: the pixels in [-1, 1], averaged down to 8x8."""
-    return F.adaptive_avg_pool2d(images.cpu().double() / 127.5 - 1, 8).flatten(1)
+    """uint8 [N,C,H,W] -> float64 [N,D]: the pixels in [-1, 1], averaged down to 8x8; latents, which are floats, too."""
+    x = images.cpu().double()
+    return F.adaptive_avg_pool2d(x if images.is_floating_point() else x / 127.5 - 1, 8).flatten(1)
 
 
 def fd_pixels(real, fake):

@@ -13,6 +13,7 @@ import operator
 import os
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import get_args
 
@@ -153,8 +154,16 @@ def merge(cls, presets, given):
     if name not in presets:
         raise BadInput(f"there is no --preset {name} here; leave it out")
     asked |= presets[name] | ({} if digits else dict(preset=name))
-    asked |= presets.get(asked["dataset"] if asked["dataset"] in DATASETS else "folder", {})
+    asked |= presets.get(kind_of(asked["dataset"]), {})
     return asked | presets.get(asked.get("mode"), {}) | given, name
+
+
+def kind_of(dataset):
+    """Of which data a preset is: a name of DATASETS, latents (of common.latent), or folder."""
+    with contextlib.suppress(OSError, zipfile.BadZipFile):
+        if dataset.lower().endswith(".npz") and os.path.isfile(dataset) and "pipeline.npy" in zipfile.ZipFile(dataset).NameToInfo:
+            return "latents"
+    return dataset if dataset in DATASETS else "folder"
 
 
 def resumed(cls, given):

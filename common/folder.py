@@ -195,7 +195,8 @@ def write_config(folder, args, asked, file, data, **about):
     old = config_of(folder)["about"] if args.resume else dict(asked=dataclasses.asdict(asked))
     about = old | dict(script=script(file), argv=sys.argv, commit=commit.stdout.strip(), torch=torch.__version__,
                        data_sha256=data.sha256, classes=data.names,
-                       images=list(data.images.shape), **about)
+                       images=[len(data.images), 3, *2 * [data.latent["size"]]] if data.latent else
+                       list(data.images.shape), **about)
     if data.classes:
         about["images_per_class"] = data.labels.bincount(minlength=data.classes).tolist()
     places = {"data_dir"} if args.dataset.removesuffix("-test") in DATASETS else {"data_dir", "dataset"}

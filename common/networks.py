@@ -8,10 +8,11 @@ from torch.utils.checkpoint import checkpoint
 from common.augment import LABELS
 from common.dit import DiT
 from common.flags import BadInput
+from common.latent import SD
 from common.precond import EDM, TrigFlow
 from common.unet import UNet
 
-NETS = dict(ddpmpp=UNet, ncsnpp=UNet, adm=UNet, dit=DiT)
+NETS = dict(ddpmpp=UNet, ncsnpp=UNet, adm=UNet, dit=DiT, sd=SD)
 
 
 def build(spec, dtype=torch.float32):
@@ -38,6 +39,14 @@ def backbone(args, data, teacher=None, **more):
     `more`: keywords of a U-Net that have no flag. With --flow trig it gets sCM's changes, which make it smooth in the
     noise level: that loss contains the derivative with respect to it. BadInput where flags and images do not fit."""
     _, channels, size, _ = data.images.shape
+    pipeline = teacher is not None and isinstance(teacher.model, SD)
+    if data.latent or pipeline:
+        wrong = {k: getattr(args, k, 0) for k in ("shard", "compile", *(("flip", "fid") if data.latent else ()))}
+        for k in filter(wrong.get, wrong):
+            raise BadInput(f"--{k} is not for {data.name if data.latent else 'the network of a pipeline'}; leave it out")
+        if not pipeline or data.latent and not args.cond:
+            raise BadInput(f"{data.name} holds latents with captions; train on them with --cond, from their pipeline")
+        return teacher.model.student(args)
     if teacher is not None:
         kwargs = dict(teacher.model.kwargs, dropout=args.dropout, augment_dim=0)
     else:

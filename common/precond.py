@@ -41,7 +41,10 @@ class EDM(nn.Module):
         c_skip = sd**2 / ((t - self.t_min) ** 2 + sd**2)
         c_out = (t - self.t_min) * sd / (t**2 + sd**2).sqrt()
         c_noise = torch.where(t == 0, 1, t).log() / 4             # at 0, c_out is 0, and f(x, 0) = x as F is finite
-        F = self.model(cast(c_in * x, self.dtype), c_noise.flatten(), y, **more)
+        if getattr(self.model, "mixed", False):                   # it wants x in full, and computes in `dtype` inside
+            F = self.model(c_in * x, c_noise.flatten(), y, self.dtype)
+        else:
+            F = self.model(cast(c_in * x, self.dtype), c_noise.flatten(), y, **more)
         return c_skip * x + c_out * cast(F, wide)
 
 

@@ -168,11 +168,11 @@ def shape_of(weights):
                 classes=weights["model.map_label.weight"].shape[1] if "model.map_label.weight" in weights else 0)
 
 
-def load(path, device="cpu"):
+def load(path, device="cpu", pipeline=""):
     """The averaged network of a run folder, checkpoint or .safetensors of ours, or of a released EDM .pkl, frozen:
     net(x, t, y) -> float32 [B,C,H,W], D(x; t) of a diffusion model, f(x, t) of a consistency model; x [B,C,H,W],
     t [B,1,1,1] the noise's standard deviation, of a TrigFlow network the time in radians, y int64 [B] or None.
-    Raises BadInput."""
+    `pipeline`: where the one from which it was trained is now. Raises BadInput."""
     try:
         if str(path).endswith(".pkl"):
             spec, weights = read(path)
@@ -186,9 +186,13 @@ def load(path, device="cpu"):
         parts = spec["kwargs"]["blocks"] * max(1, len(spec["kwargs"]["mult"]))
         if parts > len(weights):                          # each block has at least one weight
             raise ValueError(f"it claims {parts} blocks")
-        with torch.device("meta"):                        # no memory for shapes that the file only claims
+        if spec["net"] == "sd":                           # its frozen part is where the pipeline is
+            spec = spec | dict(kwargs=spec["kwargs"] | (dict(pipeline=pipeline) if pipeline else {}))
+        with torch.device("cpu" if spec["net"] == "sd" else "meta"):      # no memory for shapes that a file only claims
             net = build(spec)
         net.load_state_dict(weights, assign=True)         # strict: names what is missing or misshapen
+    except BadInput:                                      # of the pipeline
+        raise
     except Exception as e:                                # a damaged pickle raises anything
         raise BadInput(f"{path} cannot be read: {brief(e)}")
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -131,7 +131,7 @@ class Run:
         n, *size = data.images.shape
         say(f"{self.dir}\n"
             f"  data      {data.name}, {n:,} images {'x'.join(map(str, size))}\n"
-            f"  network   {a.net}, {count / 1e6:.2f} M parameters\n"
+            f"  network   {self.about.get('network', a.net)}, {count / 1e6:.2f} M parameters\n"
             f"  training  {left:,} steps x {a.batch} images = {left * a.batch / 1e6:.3g} M images\n"
             f"  device    {self.device_name} x {self.world}")
         self.bar = tqdm(desc=self.dir.name, total=a.iters, initial=it, disable=self.rank > 0, dynamic_ncols=True,

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import edit, fid, folder, teacher
+from common import edit, fid, folder, latent, teacher
 from common.data import load
 from common.evaluate import FD_IMAGES, chosen, picture
 from common.fid import fd_pixels, noise_of, quantise
@@ -50,6 +50,8 @@ def flags(argv=None):
     ap.add_argument("--n", type=int, help=f"how many images [64; to edit: 16; to search: {FD_IMAGES}]")
     ap.add_argument("--classes", type=integers, help="labels, such as 3,5; repeated up to --n [all in turn; not in "
                     "a .png: as frequent as in the data; the images' own]")
+    ap.add_argument("--prompts", help="text to image: a caption, or a file with one in each line [the data's]")
+    ap.add_argument("--pipeline", default="", help="text to image: where the run's pipeline is now [where it was]")
     ap.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone [%(default)s]")
     ap.add_argument("--batch", type=int, default=256, help="images at a time [%(default)s]")
     ap.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto", help="[%(default)s]")
@@ -153,12 +155,13 @@ def script_called(name):
     raise BadInput(f"its config.json names the script {name!r}, which is not one of this checkout; nothing was run")
 
 
-def load_run(path, device="cpu"):
+def load_run(path, device="cpu", pipeline=""):
     """A run folder, or a checkpoint in one -> (method, args, net): the module of its script, its flags as an instance
-    of method.Args, and its averaged network, so that method.sample(net, noise, y, args) draws images. BadInput."""
+    of method.Args, and its averaged network, so that method.sample(net, noise, y, args) draws images, or the latents
+    of `pipeline`, where that was moved. BadInput."""
     config = config_of(folder_of(path))
     method = script_called(config["about"]["script"])
-    return method, method.Args(**known(method.Args, config, path)), teacher.load(path, device)
+    return method, method.Args(**known(method.Args, config, path)), teacher.load(path, device, pipeline)
 
 
 def settle(a, method, args):
@@ -182,8 +185,14 @@ def main(argv=None):
     out = Path(a.out or "grid.png")
     check_out(out)
     device = device_of(a.device)
-    method, args, net = load_run(a.run, device)
-    args = settle(a, method, args)
+    method, args, net = load_run(a.run, device, a.pipeline)
+    args, text = settle(a, method, args), getattr(net.model, "text", None) is not None
+    if not text and (a.prompts or a.pipeline):
+        raise BadInput("--prompts and --pipeline are for runs on latents with captions; leave them out")
+    if text and (a.edit or a.find_ts):
+        raise BadInput("--edit and --find-ts are not for text to image; leave them out")
+    if a.prompts:
+        net.model.say(latent.lines(a.prompts))
     size, channels, classes = (net.model.kwargs[k] for k in ("size", "channels", "classes"))
     t_max = args.t_max if hasattr(args, "t_max") else args.sigma_max
     ts, mask = levels(a, t_max, net.t_min), edit.mask_of(a.mask, size).to(device)
@@ -194,10 +203,11 @@ def main(argv=None):
         raise BadInput("--edit colorize: the images of this run are grey; take another run")
     real, own = images_of(a, args, size, channels) if a.edit in EDITS or a.find_ts else (None, None)
     n = a.n or 64 if real is None else min(a.n or (16 if a.edit else FD_IMAGES), len(real))
-    if classes and out.suffix.lower() != ".png" and not (a.edit or a.find_ts):
+    if classes and out.suffix.lower() != ".png" and not (a.edit or a.find_ts or text):
         own = as_frequent(folder_of(a.run), n)                    # an FID of these images compares them with the data
     labels = labels_of(a, classes, own)
-    cols = n if a.edit in EDITS else max(2, min(n, 8)) if a.edit else 0 if labels is None else len(labels)
+    cols = n if a.edit in EDITS else max(2, min(n, 8)) if a.edit else 0 if labels is None else min(len(labels), n)
+    cols = min(cols, 8) if text else cols
     if labels is not None:                                        # interpolate: one for each row
         labels = labels[torch.arange(n) // (cols if a.edit == "interpolate" else 1) % len(labels)]
     k = len(ts) if ts else 1 if method is teacher else args.steps  # the diffusion sampler draws noise once
@@ -222,7 +232,8 @@ def main(argv=None):
             z[0] = edit.slerp(z[0], noise(2 * row + 1, 1)[0], w)
         else:
             z = noise(i, k)
-        return quantise(edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args))
+        x = edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args)
+        return quantise(latent.decode(net.model.kwargs["pipeline"], x, device) if text else x)
 
     if a.find_ts:
         name, score = "FD (pixels)", partial(fd_pixels, real)

@@ -25,6 +25,7 @@ from common import evaluate, folder, released
 from common.augment import augment
 from common.data import load as load_data
 from common.flags import BadInput, config_of, from_presets, parse, say, typed
+from common.latent import SD, identity, is_pipeline
 from common.networks import backbone
 from common.precond import EDM, TrigFlow
 from common.released import load
@@ -198,6 +199,8 @@ def get(args, data, run, needed=False):
     """The network that --teacher names, trained first if missing; its path, for `show`, if it is a diffusion model;
     changes to args: its path and architecture. (None, None, {}) with `--teacher none`, and for a resumed run that does
     not need it. needed: the loss uses the teacher too, not only the start. Raises BadInput."""
+    if is_pipeline(args.teacher) or data.latent and args.teacher == "auto":
+        return from_pipeline(args, data, run)
     if args.lora:
         raise BadInput("--lora is for a pipeline, and this teacher is none; leave it out")
     if args.teacher == "none" and needed:
@@ -231,6 +234,22 @@ def get(args, data, run, needed=False):
     if hasattr(args, "flow"):
         changes["flow"] = getattr(net, "raw", "edm")      # the one that its raw network was made for
     return net, path if diffuses else None, changes
+
+
+def from_pipeline(args, data, run):
+    """As `get`, of a pipeline of diffusers: the one that --teacher names, or that of the latents."""
+    path = data.latent["pipeline"] if args.teacher == "auto" else args.teacher
+    if hasattr(args, "flow"):
+        raise BadInput(f"{path} is a pipeline, whose network has no useful derivative in time; take a method without --flow")
+    known = data.latent.get("sha256") or args.resume and config_of(args.resume)["about"].get("teacher_sha256")
+    known, (_, channels, size, _) = known or identity(path), data.images.shape
+    net = EDM(SD(path, known, data.names if data.latent else (), size, channels, args.sd), args.sd)
+    run.about |= dict(teacher_sha256=known, network=f"of {Path(path).name}" + f", LoRA {args.lora}" * (args.lora > 0))
+    say(f"teacher: {path}")
+    if data.latent:                                       # for pictures
+        data.latent["pipeline"] = path
+    changes = dict(teacher=str(Path(path).resolve()))
+    return net.to(run.device).eval().requires_grad_(False), None if data.latent else Path(path), changes
 
 
 def locate(args, data, run):

@@ -21,10 +21,10 @@ Deviations from the paper
     Network, initialisation and teacher are EDM's, not the authors' own.
     The decay of the EMA ramps up during the first steps; in the paper it is constant.
     A loss or gradient that is not finite stops the run. GPUs multiply in TF32.
-    The presets digits and small are ours.
-    Not in the paper: --distance huber (see ict.py). --guidance w replaces the teacher's D by
-    D + w * (D - D without label), a weight of 1 + w in other papers, and needs a teacher trained
-    with dropped labels, as ours is and EDM's are not. --boundaries is from arXiv:2403.06807.
+    The presets digits, small and latents are ours.
+    Not in the paper: --distance huber (see ict.py); --boundaries (arXiv:2403.06807); --guidance w,
+    which replaces the teacher's D by D + w * (D - D without label), a weight of 1 + w elsewhere,
+    and needs a teacher trained with dropped labels, as ours is and EDM's are not.
 
 Read next: ct.py.  See only what changes: diff cd.py ct.py
 """
@@ -190,8 +190,7 @@ class Args:
 
 PRESETS = {
     "paper": dict(cost="800,000 steps of 512 images; the authors used eight A100"),
-    # ours, for two CPU cores: small networks, short averages, warm-up as the first five steps of
-    # RAdam are not normalised, and would wreck what the teacher knows
+    # ours, for two CPU cores; warm-up, as RAdam's first five steps are not normalised
     "small": dict(cost="half an hour on two CPU cores, teacher included", net="ddpmpp", iters=500,
                   batch=64, lr=3e-4, warmup=50, ema=0.99, ch=32, mult=(1, 1, 2), blocks=1,
                   save_every=500),
@@ -215,17 +214,15 @@ def check(args):
     if args.guidance and not args.cond:
         raise BadInput("--guidance needs a teacher that knows the classes; add --cond")
     if args.N and (args.N < 2 or (args.N - 1) % args.boundaries):
-        raise BadInput(f"--N {args.N}: N - 1 must be a positive multiple of --boundaries "
-                       f"{args.boundaries}")
+        raise BadInput(f"--N {args.N}: N - 1 must be 1, 2, .. times --boundaries {args.boundaries}")
 
 
 def segments(args):
     """The flags that follow from --boundaries K: N; with several segments also steps and t_mid."""
     K, N = args.boundaries, args.N or 1 + math.ceil(17 / args.boundaries) * args.boundaries
-    if K == 1:
-        return dict(N=N)
-    say(f"--boundaries {K}: {N} noise levels, sampled in {K} steps")
-    return dict(N=N, steps=K, t_mid=None)
+    if K > 1:
+        say(f"--boundaries {K}: {N} noise levels, sampled in {K} steps")
+    return dict(N=N, steps=K, t_mid=None) if K > 1 else dict(N=N)
 
 
 # ==== 5. Training (the same in every file, except the lines ending in  # *) =======================

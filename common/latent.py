@@ -35,9 +35,9 @@ def is_pipeline(path):
 
 
 def place(pipeline, name):
-    """The folder of a part; a pipeline of one network may have it at its top."""
-    path = Path(pipeline) / name
-    return path if path.is_dir() else Path(pipeline)
+    """The folder of a part; that of a pipeline of one network may be the pipeline's own."""
+    top = Path(pipeline)
+    return top if (top / "config.json").is_file() else top / name
 
 
 def config(file):
@@ -53,6 +53,7 @@ def part(pipeline, name):
     (package, *known), path = PARTS[name], place(pipeline, name)
     try:
         module = __import__(package)
+        module.utils.logging.disable_progress_bar()
         kind = known[0] if name == "tokenizer" else config(path / "config.json").get("_class_name", known[0])
         if kind == "Patches":
             return Patches(path)
@@ -350,13 +351,14 @@ def main(argv=None):
         raise BadInput(f"{folder} is no folder with pictures {data.ENDINGS}")
     texts, latents = captions(folder, files), []
     check(a.pipeline)
+    code(a.pipeline, device)                              # what is missing is said before the work
     for f in tqdm(files, "encoding"):
         try:
             with open(folder / f, "rb") as file:
                 image, *_ = data.decode(file, a.size)
         except Exception as e:                            # any decoder's
             raise BadInput(printable(f"{f} cannot be read ({brief(e)}); remove or replace it"))
-        x = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
+        x = torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1
         latents.append(encode(a.pipeline, x, device))
     write(out, torch.cat(latents), texts, a.pipeline, a.size)
     say(f"{len(files):,} pictures, {len(set(texts)):,} captions: {out}")

@@ -199,7 +199,7 @@ def get(args, data, run, needed=False):
     """The network that --teacher names, trained first if missing; its path, for `show`, if it is a diffusion model;
     changes to args: its path and architecture. (None, None, {}) with `--teacher none`, and for a resumed run that does
     not need it. needed: the loss uses the teacher too, not only the start. Raises BadInput."""
-    if is_pipeline(args.teacher) or data.latent and args.teacher == "auto":
+    if data.latent or is_pipeline(args.teacher) or args.resume and "network" in config_of(args.resume)["about"]:
         return from_pipeline(args, data, run)
     if args.lora:
         raise BadInput("--lora is for a pipeline, and this teacher is none; leave it out")

@@ -169,7 +169,7 @@ def test_lpips_gets_colour_images_of_its_own_size(monkeypatch):
             return self.scale * (a - b).square().mean((1, 2, 3), keepdim=True)
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=Lpips))
     a, b = torch.full((5, 1, 8, 8), -1.0, requires_grad=True), torch.rand(5, 1, 8, 8)
-    d = perceptual("cpu")(a, b)
+    d = perceptual(types.SimpleNamespace(latent={}), "cpu")(a, b)
     d.sum().backward()
     assert d.shape == (5,) and a.grad.abs().min() > 0
 

@@ -247,3 +247,228 @@ def test_a_run_on_latents(train, npz, pipe, method):
     train(method, "--resume", str(half))
     again, _ = train(method, "--dataset", str(npz), "--teacher", "auto", *flags, tiny=FAST)
     assert equal(weights(half), weights(run.parent / run.name))
+
+
+def test_sampling_and_export(train, npz, pipe, tmp_path):
+    """Prompts that are new, from a file; both forms of export against f itself, in one step and from edge to edge."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    for steps, flags in ((1, []), (2, ["--boundaries", "2"])):
+        _, run = train("cd", "--dataset", str(npz), "--teacher", "auto", "--t-min", "0.0292", *flags,
+                       "--lr", "0.01", "--warmup", "0", tiny=FAST)
+        (tmp_path / "said.txt").write_text("a red bus\n\na circle\n")
+        images, labels = sample.main([str(run), "--prompts", str(tmp_path / "said.txt"), "--n", "4", "--steps", str(steps),
+                                      "--out", str(tmp_path / f"{steps}.npz")])
+        assert images.shape == (4, 3, 32, 32) and labels.tolist() == [0, 1, 0, 1]
+        one, _ = sample.main([str(run), "--prompts", "a circle", "--n", "2", "--steps", str(steps),
+                              "--out", str(tmp_path / f"{steps}one.npz")])
+        assert (one[1].int() - images[1].int()).abs().max() <= 1 and not torch.equal(one[0], images[0])
+        out = export.main([str(run), str(tmp_path / f"out{steps}")])
+        theirs = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+        theirs.set_progress_bar_config(disable=True)
+        method, args, net = sample.load_run(run)
+        z = torch.randn(steps, 1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+        label = net.model.kwargs["prompts"].index(CAPTIONS[1])
+        ours = method.sample(net, z, torch.tensor([label]), args)
+        start = z[0] * math.sqrt(1 / (1 + args.t_max**-2))
+        made = theirs(CAPTIONS[1], latents=start / theirs.scheduler.init_noise_sigma, num_inference_steps=steps,
+                      guidance_scale=1.0, height=32, width=32, output_type="latent").images
+        assert (made - ours).abs().max() < 0.03 * ours.abs().max()            # t_min, and the last alpha_bar
+        plain = UNet2DConditionModel.from_pretrained(pipe / "unet")
+        change = (plain.conv_in.weight - theirs.unet.conv_in.weight).abs().max()
+        assert change == 0 and not torch.equal(plain.mid_block.resnets[0].conv1.weight,
+                                               theirs.unet.mid_block.resnets[0].conv1.weight)
+
+
+def test_adapters_for_load_lora_weights(train, npz, pipe, tmp_path):
+    pytest.importorskip("peft")
+    from diffusers import StableDiffusionPipeline
+    _, run = train("cd", "--dataset", str(npz), "--teacher", "auto", "--lr", "0.01", "--warmup", "0", tiny=FAST)
+    out = export.main([str(run), str(tmp_path / "out")])
+    merged, plain = (StableDiffusionPipeline.from_pretrained(p, safety_checker=None).unet for p in (out, pipe))
+    theirs = StableDiffusionPipeline.from_pretrained(pipe, safety_checker=None)
+    theirs.load_lora_weights(out)
+    x, h = torch.randn(1, 4, 16, 16), torch.randn(1, 12, 32)
+    a, b, c = (net(x, 500, encoder_hidden_states=h).sample for net in (merged, theirs.unet, plain))
+    assert (a - b).abs().max() < 1e-4 < (a - c).abs().max()
+
+
+def test_a_pipeline_that_moved(train, npz, pipe, tmp_path, capsys):
+    """It is named anew, and must be the same."""
+    import shutil
+    home, data = tmp_path / "home", tmp_path / "moved.npz"
+    shutil.copytree(pipe, home)
+    latent.write(data, torch.randn(4, 4, 16, 16), CAPTIONS + CAPTIONS[:1], home, 32)
+    _, run = train("ect", "--dataset", str(data), "--teacher", "auto", "--iters", "2", tiny=FAST)
+    home.rename(tmp_path / "away")
+    out = str(tmp_path / "x.png")
+    for go in (lambda *more: sample.main([str(run), "--n", "2", "--out", out, *more]),
+               lambda *more: train("ect", "--resume", str(run), "--grid", "2", *more)):
+        with pytest.raises(SystemExit) as e:
+            go()
+        assert e.value.code == 2 and "--pipeline" in capsys.readouterr().err
+    sample.main([str(run), "--n", "2", "--out", out, "--pipeline", str(tmp_path / "away")])
+    train("ect", "--resume", str(run), "--teacher", str(tmp_path / "away"), "--grid", "2")
+    file = tmp_path / "away/scheduler/scheduler_config.json"
+    file.write_text(file.read_text().replace("0.012", "0.013"))
+    with pytest.raises(SystemExit):
+        sample.main([str(run), "--n", "2", "--out", str(tmp_path / "y.png"), "--pipeline", str(tmp_path / "away")])
+    assert "not the pipeline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["cd", "ect"])
+def test_a_ddpm_as_teacher(train, ddpm, tmp_path, method):
+    np.savez(tmp_path / "p.npz", images=np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3), np.uint8))
+    metrics, run = train(method, "--dataset", str(tmp_path / "p.npz"), "--teacher", str(ddpm), "--iters", "2", "--batch", "2",
+                         "--grid", "4", "--save-every", "1", "--steps", "2", tiny=["--device", "cpu"])
+    assert metrics["fd_pixels_2step"] > 0 and metrics["fd_pixels_teacher"] > 0
+    net = load_net(run)
+    assert isinstance(net.model, latent.SD) and sum(p.numel() for p in net.parameters()) > 1e5
+    sample.main([str(run), "--n", "2", "--out", str(tmp_path / "x.png")])
+    train(method, "--resume", str(run), "--iters", "3")
+
+
+# ---- pictures with captions ----------------------------------------------------------------------
+def picture(path, colour=(255, 0, 0), size=(40, 36)):
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_a_folder_is_encoded(pipe, tmp_path):
+    """The mean of the posterior, scaled; labels that follow the captions, of which a list gives its first."""
+    from diffusers import AutoencoderKL
+    top = tmp_path / "pictures"
+    for i, name in enumerate(("b.png", "a/c.jpg", "d.webp")):
+        picture(top / name, (80 * i, 0, 250))
+    rows = [dict(file_name="d.webp", text="a bus"), dict(file_name="b.png", caption=["a circle", "no"]),
+            dict(file_name="a/c.jpg", prompt=" a bus ")]
+    (top / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = latent.main([str(top), "--pipeline", str(pipe), "--size", "32", "--out", str(tmp_path / "o.npz")])
+    data = load(str(out))
+    assert data.names == ["a bus", "a circle"] and data.labels.tolist() == [0, 1, 0] and data.classes == 2
+    assert data.images.shape == (3, 4, 16, 16) and data.images.dtype == torch.float16
+    vae = AutoencoderKL.from_pretrained(pipe / "vae")
+    x = torch.tensor([80, 0, 250]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1      # of b.png, the second
+    z = vae.encode(x.contiguous()).latent_dist.mean * vae.config.scaling_factor
+    where = [i for i in range(3) if data.labels[i] == 1][0]
+    picture_b = torch.tensor([0, 0, 250]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1
+    z = vae.encode(picture_b.contiguous()).latent_dist.mean * vae.config.scaling_factor
+    assert (data.images[where].float() - z[0]).abs().max() < 2e-3
+    back = latent.decode(str(pipe), data.images[:1], torch.device("cpu"))
+    assert torch.allclose(back, vae.decode(data.images[:1].float() / vae.config.scaling_factor).sample, atol=1e-5)
+    x, y = data.batch(0, 3)
+    assert torch.equal(x.half().sort(0).values, data.images.sort(0).values)      # no pixels to be scaled
+
+
+def test_captions_beside_pictures(tmp_path):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f"  {name[0]} red circle\n")
+    assert latent.captions(tmp_path, ["a.png", "b.png"]) == ["a red circle", "b red circle"]
+
+
+BAD = {
+    "missing": (dict(), "without a caption"), "extra": ({"a.png": "x", "b.png": "y", "z.png": "z"}, "but no picture"),
+    "empty": ({"a.png": "x", "b.png": " "}, "b.png"), "form": ("{}\n", "expected"), "number": ("7\n", "expected")}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_captions_that_do_not_fit(tmp_path, pipe, kind, capsys):
+    top, (rows, words) = tmp_path / "pictures", BAD[kind]
+    for name in ("a.png", "b.png"):
+        picture(top / name)
+    text = rows if isinstance(rows, str) else "".join(json.dumps(dict(file_name=k, text=v)) + "\n" for k, v in rows.items())
+    if text:
+        (top / "metadata.jsonl").write_text(text)
+    with pytest.raises(SystemExit) as e:
+        latent.main([str(top), "--pipeline", str(pipe), "--size", "32", "--out", str(tmp_path / "o.npz")])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and len(err.splitlines()) == 1 and not list(tmp_path.glob("o.*"))
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+def edited(pipe, to, file, **changes):
+    import shutil
+    shutil.copytree(pipe, to)
+    path = to / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return to
+
+
+CHANGES = {
+    "xl": ("model_index.json", dict(_class_name="StableDiffusionXLPipeline"), "StableDiffusionXLPipeline"),
+    "zero snr": ("scheduler/scheduler_config.json", dict(rescale_betas_zero_terminal_snr=True), "rescale_betas"),
+    "cosine": ("scheduler/scheduler_config.json", dict(beta_schedule="squaredcos_cap_v2"), "squaredcos"),
+    "sample": ("scheduler/scheduler_config.json", dict(prediction_type="sample"), "sample"),
+    "other unet": ("unet/config.json", dict(_class_name="UNet3DConditionModel"), "UNet3D"),
+    "inputs": ("unet/config.json", dict(addition_embed_type="text_time", addition_time_embed_dim=8,
+                                        projection_class_embeddings_input_dim=80), "inputs")}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_other_pipelines_are_refused(pipe, npz, tmp_path, kind, capsys):
+    file, changes, words = CHANGES[kind]
+    new = edited(pipe, tmp_path / "p", file, **changes)
+    with pytest.raises(SystemExit) as e:
+        latent.SD(new, latent.identity(new), CAPTIONS, 16, 4)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_part_that_is_missing(pipe, npz, tmp_path, name, capsys):
+    import shutil
+    new = tmp_path / "p"
+    shutil.copytree(pipe, new)
+    shutil.rmtree(new / name)
+    with pytest.raises(SystemExit) as e:
+        latent.SD(new, latent.identity(new), CAPTIONS, 16, 4)
+        latent.code.cache_clear()
+        latent.decode(str(new), torch.zeros(1, 4, 16, 16), torch.device("cpu"))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and name in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [
+    ("cd", "--flip"), ("cd", "--distance", "lpips"), ("cd", "--fid", "100"), ("cd", "--compile"), ("cd", "--no-cond"),
+    ("cd", "--teacher", "train"), ("ect", "--teacher", "none"), ("scm",), ("rcm",), ("cd", "--teacher", "/etc")])
+def test_what_is_not_for_latents(train, npz, tmp_path, monkeypatch, words, capsys):
+    from common import assets
+    monkeypatch.setattr(assets, "inception", lambda data_dir: torch.nn.Linear(1, 1))
+    method, *flags = words
+    teacher = () if "--teacher" in flags else ("--teacher", "auto")
+    with pytest.raises(SystemExit) as e:
+        train(method, "--dataset", str(npz), *teacher, *flags, tiny=FAST)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_text_flags_need_text(train, npz, tmp_path, capsys):
+    _, run = train("ect", "--iters", "1")
+    _, text = train("ect", "--dataset", str(npz), "--teacher", "auto", "--steps", "2", tiny=FAST)
+    out = ["--out", str(tmp_path / "x.png")]
+    capsys.readouterr()
+    for flags in ([str(run), "--prompts", "a bus"], [str(text), "--edit", "inpaint"], [str(text), "--find-ts"],
+                  [str(text), "--prompts", " "]):
+        with pytest.raises(SystemExit) as e:
+            sample.main([*flags, *(out if "--find-ts" not in flags else [])])
+        assert e.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_without_diffusers(tmp_path):
+    """One line, whatever is installed; nothing of it is imported by other runs."""
+    top = tmp_path / "pictures"
+    picture(top / "a.png")
+    (top / "a.txt").write_text("a circle")
+    (tmp_path / "p/unet").mkdir(parents=True)
+    (tmp_path / "p/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    code = ("import sys; sys.modules['diffusers'] = None; sys.modules['transformers'] = None\n"
+            "from common import latent\nlatent.main(sys.argv[1:])")
+    p = subprocess.run([sys.executable, "-c", code, str(top), "--pipeline", str(tmp_path / "p"), "--out", str(tmp_path / "o.npz"),
+                        "--size", "32"], cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == 2 and p.stderr.strip().splitlines()[-1].startswith("error:") and "pip install" in p.stderr
+    assert not list(tmp_path.glob("o.*"))
+    p = subprocess.run([sys.executable, "-c", "import ect, common.sample, sys; sys.exit('diffusers' in sys.modules)"], cwd=ROOT)
+    assert p.returncode == 0

@@ -13,7 +13,7 @@ from conftest import METHODS, ROOT
 BUDGET = dict(cd=290, ct=260, ict=260, ect=260, scm=290, rcm=370)
 HEADS = ["1. Schedules", "2. Loss", "3. Sampling", "4. Arguments", "5. Training"]
 START = 90                                                # loss_fn begins by this line, but in rcm
-NAMES = {"paper", "fast", "small", "digits", "mnist", "fashion_mnist", "cifar10", "folder"}      # of presets
+NAMES = {"paper", "fast", "small", "digits", "mnist", "fashion_mnist", "cifar10", "folder", "latents"}  # of presets
 MODES = {"scd"}                                           # .. and of modes with one
 text = lambda name: (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
 each_method = pytest.mark.parametrize("method", METHODS)

@@ -25,7 +25,7 @@ from common.flags import DATASETS, BadInput, brief, meant, printable, say
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")     # whatever the ending: EPS would run a program
 INDEX = "dataset.json"      # the labels of a data set in EDM's format, at its top
-LATENT = ("prompts", "pipeline", "sha256", "size")            # in a .npz of common.latent, beside images and labels
+LATENT = dict(prompts=list, pipeline=str, sha256=str, size=int)     # in a .npz of common.latent, beside images, labels
 warnings.filterwarnings("ignore", module="PIL")             # what cannot be read is named here
 say_once = lru_cache(maxsize=None)(say)                     # a run and its teacher load the same
 
@@ -118,7 +118,7 @@ def from_npz(file):
             assets.check_claims(file, z.infolist())
             images = array(z, "images.npy")
             labels = array(z, "labels.npy") if "labels.npy" in z.namelist() else None
-            more = {k: array(z, f"{k}.npy") for k in LATENT if f"{k}.npy" in z.namelist()}
+            more = {k: array(z, f"{k}.npy") for k in LATENT} if "pipeline.npy" in z.namelist() else {}
         n, h, w, c = images.shape if images.ndim == 4 else (*images.shape, 1)
         kinds = (np.float16, range(1, 65), np.isfinite(images).all()) if more else (np.uint8, (1, 3), True)
         if images.dtype != kinds[0] or 0 in (n, h) or h != w or c not in kinds[1] or not kinds[2]:
@@ -127,7 +127,7 @@ def from_npz(file):
                                    or not 0 <= labels.min() <= labels.max() < max(n, 1000)):
             raise ValueError(f"labels, {labels.dtype} {labels.shape}, reach {labels.max()}")
         names = more.pop("prompts").astype(str).tolist() if more else None
-        latent = dict(pipeline=str(more["pipeline"]), sha256=str(more["sha256"]), size=int(more["size"])) if more else {}
+        latent = {k: kind(more[k]) for k, kind in LATENT.items() if k in more}
         if more and not labels.max() < len(names):
             raise ValueError(f"labels reach {labels.max()}, of {len(names)} captions")
     except Exception as error:                                        # zip, zlib, numpy, ours

@@ -18,13 +18,14 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common import fid, folder, latent
+from common import fid, folder, pipeline
 from common.fid import chosen
 from common.flags import ADDED, MAY_CHANGE, ROOT, BadInput, config_of, known, say
 
 FD_IMAGES = 2048                  # images, real and generated, of fd_pixels; fewer if the data set has fewer
 REFERENCE = ROOT / "common/reference.json"        # loss and figures of the presets: tests.bench.reference
-TITLES = {("fd_pixels", "8x8"): "FD (pixels)", ("fd_latents", "8x8"): "FD (latents)", ("fid", fid.MODE): f"FID ({fid.MODE})"}
+TITLES = {("fd_pixels", "8x8"): "FD (pixels)", ("fd_latents", "8x8"): "FD (latents)",
+          ("fid", fid.MODE): f"FID ({fid.MODE})"}
 # What a run's figures do not depend on, but for chance
 FREE = MAY_CHANGE - {"iters", "t_mid", "log_every"} | {"about", "seed", "preset", "accum", "compile", "tf32"}
 
@@ -85,7 +86,7 @@ def evaluate(run, it, data, draw, steps, net="ema"):
             (run.dir / "samples").mkdir(exist_ok=True)
             name = f"{it:07d}_{'teacher' if net == 'teacher' else f'{k}step'}.png"
             if data.latent:
-                grid = fid.quantise(latent.decode(data.latent["pipeline"], grid, run.device))
+                grid = fid.quantise(pipeline.decode(data.latent["pipeline"], grid, run.device))
             picture(grid, data.classes if a.cond and not data.latent else 0).save(run.dir / "samples" / name)
         if run.rank == 0 and n:
             note({f"fd_{'latents' if data.latent else 'pixels'}": fid.fd_pixels(real, fake[:n])}, n, "8x8")

@@ -161,7 +161,7 @@ def merge(cls, presets, given):
 def kind_of(dataset):
     """Of which data a preset is: a name of DATASETS, latents (of common.latent), or folder."""
     with contextlib.suppress(OSError, zipfile.BadZipFile):
-        if dataset.lower().endswith(".npz") and os.path.isfile(dataset) and "pipeline.npy" in zipfile.ZipFile(dataset).NameToInfo:
+        if os.path.isfile(dataset) and "pipeline.npy" in zipfile.ZipFile(dataset).namelist():
             return "latents"
     return dataset if dataset in DATASETS else "folder"
 

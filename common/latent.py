@@ -2,15 +2,13 @@
 
 python -m common.latent FOLDER --pipeline PIPE --out coco.npz encodes the pictures of a folder once, with the VAE of the
 Stable Diffusion 1.x or 2.x in the folder PIPE; --dataset coco.npz then trains on them, from that pipeline's network.
-Captions stand in metadata.jsonl, a line {"file_name": "a.jpg", "text": "a red bus"} a picture, or in a.txt beside a.jpg.
+Captions stand in metadata.jsonl, a line {"file_name": "a.jpg", "text": "a red bus"} each, or in a.txt beside a.jpg.
 Needs the packages diffusers and transformers."""
 import json
 import math
 import os
 import re
 from copy import deepcopy
-from functools import lru_cache
-from hashlib import sha256 as SHA256
 from pathlib import Path
 
 import numpy as np
@@ -20,118 +18,29 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import data
-from common.flags import BadInput, Parser, brief, device_of, printable, say
+from common.flags import BadInput, Parser, brief, config_of, device_of, printable, say
+from common.pipeline import check, code, encode, identity, log_sigmas, part
+from common.precond import EDM
 
-PARTS = dict(unet=("diffusers", "UNet2DConditionModel", "UNet2DModel"), vae=("diffusers", "AutoencoderKL"),
-             text_encoder=("transformers", "CLIPTextModel"), tokenizer=("transformers", "CLIPTokenizer"), scheduler=())
 # The layers that get adapters, by the ends of their names: as in the LoRA of LCM (arXiv:2311.05556), PCM and iCD
 TARGETS = re.compile(r"(^|\.)(to_[qkv]|to_out\.0|proj_(in|out)|ff\.net\.(0\.proj|2)|conv[12]|conv_shortcut"
                      r"|(down|up)samplers\.0\.conv|time_emb_proj)$")
 
 
-# ---- the folder of a pipeline --------------------------------------------------------------------
-def is_pipeline(path):
-    return os.path.isfile(Path(path) / "model_index.json")
-
-
-def place(pipeline, name):
-    """The folder of a part; that of a pipeline of one network may be the pipeline's own."""
-    top = Path(pipeline)
-    return top if (top / "config.json").is_file() else top / name
-
-
-def config(file):
-    """A part's own description, a .json. Raises BadInput."""
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{file} cannot be read ({brief(e)}); name the folder of a whole pipeline")
-
-
-def part(pipeline, name):
-    """One part of a pipeline, on the CPU, frozen. Raises BadInput where it, or a package, is missing."""
-    (package, *known), path = PARTS[name], place(pipeline, name)
-    try:
-        module = __import__(package)
-        module.utils.logging.disable_progress_bar()
-        kind = known[0] if name == "tokenizer" else config(path / "config.json").get("_class_name", known[0])
-        if kind == "Patches":
-            return Patches(path)
-        if kind not in known:
-            raise ValueError(f"it is a {kind}")
-        found = getattr(module, kind).from_pretrained(str(path), local_files_only=True)
-    except ImportError:
-        raise BadInput(f"{pipeline} is a pipeline of diffusers: pip install diffusers transformers")
-    except Exception as e:                                # these packages raise many kinds
-        raise BadInput(f"{pipeline}: its {name} cannot be read ({brief(e)}); name the folder of a whole pipeline")
-    return found.eval().requires_grad_(False) if isinstance(found, nn.Module) else found
-
-
-def identity(pipeline):
-    """SHA-256 of the configurations and weights of a pipeline's parts."""
-    total, files = SHA256(), set()
-    for folder in {place(pipeline, name) for name in PARTS}:
-        weights = sorted(f for f in folder.glob("*model.*") if f.suffix in (".safetensors", ".bin"))
-        files |= {*folder.glob("*.json"), *folder.glob("*.txt"), *weights[-1:]}     # .safetensors, where there are both
-    for file in sorted(files - {Path(pipeline) / "model_index.json"}):
-        total.update(file.relative_to(pipeline).as_posix().encode())
-        with open(file, "rb") as f:
-            for chunk in iter(lambda: f.read(2**24), b""):
-                total.update(chunk)
-    return total.hexdigest()
-
-
-def check(pipeline, known=""):
-    """BadInput unless a folder holds a pipeline that SD can be, with the SHA-256 `known` where that is given."""
-    if not is_pipeline(pipeline):
-        raise BadInput(f"{pipeline} holds no pipeline (no model_index.json); name where it is: in training with "
-                       "--teacher, elsewhere with --pipeline")
-    kind = config(Path(pipeline) / "model_index.json").get("_class_name")
-    if kind not in ("StableDiffusionPipeline", "DDPMPipeline", "DDIMPipeline"):
-        raise BadInput(f"{pipeline} is a {printable(kind)}; only Stable Diffusion 1.x and 2.x, and DDPMs of pixels, can "
-                       "be taken")
-    if known and identity(pipeline) != known:
-        raise BadInput(f"{pipeline} is not the pipeline with which this was made; name that one")
-
-
-def log_sigmas(pipeline):
-    """ln of the noise levels sqrt(1 / alpha_bar - 1) of all timesteps, float64 [1000], and whether the network predicts
-    v instead of eps. Raises BadInput for schedules that are not of Stable Diffusion 1.x, 2.x or DDPM."""
-    c = config(place(pipeline, "scheduler") / "scheduler_config.json")
-    kind, predicts = c.get("beta_schedule"), c.get("prediction_type", "epsilon")
-    odd = [k for k in ("trained_betas", "rescale_betas_zero_terminal_snr") if c.get(k)]
-    if odd or kind not in ("linear", "scaled_linear") or predicts not in ("epsilon", "v_prediction"):
-        raise BadInput(f"{pipeline}: a schedule with {printable(odd[0] if odd else f'{kind}, {predicts}')} cannot be "
-                       "taken; betas linear or scaled_linear, prediction epsilon or v_prediction")
-    p = 0.5 if kind == "scaled_linear" else 1
-    betas = torch.linspace(c["beta_start"] ** p, c["beta_end"] ** p, c["num_train_timesteps"], dtype=torch.float64)
-    return (1 / (1 - betas ** (1 / p)).cumprod(0) - 1).log() / 2, predicts == "v_prediction"
-
-
 # ---- the raw network -----------------------------------------------------------------------------
-class Grow(torch.autograd.Function):
-    """The identity; its gradient is multiplied by the power of two that brings its largest number to about 1. A loss
-    that is a mean over 16,384 numbers has gradients too small for float16. `Shrink` divides those of the weights."""
+class Scaled(torch.autograd.Function):
+    """The identity. At a network's output (grow) its gradient is multiplied by the power of two that brings the largest
+    number to about 1, at the weights divided by it: a mean over 16,384 numbers has gradients too small for float16."""
     @staticmethod
-    def forward(ctx, x, box):
-        ctx.box = box
+    def forward(ctx, x, box, grow=False):
+        ctx.box, ctx.grow = box, grow
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, g):
-        ctx.box["factor"] = torch.exp2(-g.abs().amax().clamp(min=1e-30).log2().ceil())
-        return g * ctx.box["factor"], None
-
-
-class Shrink(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, w, box):
-        ctx.box = box
-        return w.view_as(w)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g / ctx.box["factor"], None
+        if ctx.grow:
+            ctx.box["factor"] = torch.exp2(-g.abs().amax().clamp(min=1e-30).log2().ceil())
+        return g * ctx.box["factor"] if ctx.grow else g / ctx.box["factor"], None, None
 
 
 class LoRA(nn.Module):
@@ -149,7 +58,7 @@ class LoRA(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, x):
-        down, up = Shrink.apply(self.down, self.box), Shrink.apply(self.up, self.box)
+        down, up = Scaled.apply(self.down, self.box), Scaled.apply(self.up, self.box)
         if isinstance(self.layer, nn.Conv2d):
             return self.layer(x) + F.conv2d(F.conv2d(x, down, None, self.layer.stride, self.layer.padding), up)
         return self.layer(x) + F.linear(F.linear(x, down), up)
@@ -177,8 +86,8 @@ class SD(nn.Module):
         c = self.unet.config
         if {c["in_channels"], c["out_channels"]} != {channels} or any(
                 c.get(k) for k in ("num_class_embeds", "class_embed_type", "addition_embed_type")):
-            raise BadInput(f"{pipeline}: its network takes {c['in_channels']} and gives {c['out_channels']} channels, or "
-                           f"has inputs beside a caption; there are {channels} channels here")
+            raise BadInput(f"{pipeline}: its network takes {c['in_channels']} and gives {c['out_channels']} channels, "
+                           f"where the data have {channels}, or it has inputs beside a caption")
         if prompts:
             self.__dict__["text"], self.tokenizer = part(pipeline, "text_encoder"), part(pipeline, "tokenizer")
             self.say(prompts)
@@ -250,46 +159,26 @@ class SD(nn.Module):
             if self.text is not None:
                 y = torch.full((len(u),), -1, device=u.device) if y is None else y
                 more["encoder_hidden_states"] = self.text(self.tokens[y])[0]
-            eps = Grow.apply(self.unet(x, self.timestep(t), **more).sample.to(u.dtype), self.box)
+            eps = Scaled.apply(self.unet(x, self.timestep(t), **more).sample.to(u.dtype), self.box, True)
         if self.predicts_v:                               # v = a eps - s x0 with a = 1 / sqrt(1 + t^2), s = t a
             eps = (wide * x + eps) / (1 + wide**2).sqrt()
         return (wide * u - (wide**2 + self.sd**2).sqrt() * eps) / self.sd
 
 
-# ---- latents -------------------------------------------------------------------------------------
-class Patches(nn.Module):
-    """A linear code of patches in place of a VAE, from a folder like one: of `common.shapes`."""
-    def __init__(self, folder):
-        super().__init__()
-        from safetensors.torch import load_file
-        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-        channels, _, k, _ = weights["encode.weight"].shape
-        self.encode, self.decode = nn.Conv2d(3, channels, k, k), nn.ConvTranspose2d(channels, 3, k, k)
-        self.load_state_dict(weights)
-
-
-@lru_cache(maxsize=1)
-def code(pipeline, device):
-    """The VAE, or Patches, of a pipeline."""
-    return part(pipeline, "vae").to(device)
-
-
-@torch.no_grad()
-def encode(pipeline, x, device):
-    """Images [B,3,H,W] in [-1, 1] -> latents [B,C,h,w], on the CPU: the mean of the VAE's posterior, in float32, as its
-    activations overflow in float16."""
-    vae, x = code(pipeline, device), x.to(device)
-    z = vae.encode(x) if isinstance(vae, Patches) else vae.encode(x).latent_dist.mean * vae.config.scaling_factor
-    return z.cpu()
-
-
-@torch.no_grad()
-def decode(pipeline, z, device):
-    """Latents [B,C,h,w] -> images [B,3,H,W], on the CPU; one by one, as a picture of 512 x 512 takes a gigabyte."""
-    vae, z = code(pipeline, device), z.to(device, torch.float32).split(1)
-    if isinstance(vae, Patches):
-        return torch.cat([vae.decode(v).cpu() for v in z])
-    return torch.cat([vae.decode(v / vae.config.scaling_factor).sample.cpu() for v in z])
+def from_pipeline(args, data, run):
+    """As teacher.get, of a pipeline: the one that --teacher names, or that of the latents."""
+    path = data.latent["pipeline"] if args.teacher == "auto" else args.teacher
+    if hasattr(args, "flow"):
+        raise BadInput(f"{path}: networks of diffusers have no smooth derivative in time; take a method without --flow")
+    known = data.latent.get("sha256") or args.resume and config_of(args.resume)["about"].get("teacher_sha256")
+    known, (_, channels, size, _) = known or identity(path), data.images.shape
+    net = EDM(SD(path, known, data.names if data.latent else (), size, channels, args.sd), args.sd)
+    run.about |= dict(teacher_sha256=known, network=f"of {Path(path).name}" + f", LoRA {args.lora}" * (args.lora > 0))
+    say(f"teacher: {path}")
+    if data.latent:                                       # for pictures
+        data.latent["pipeline"] = path
+    changes = dict(teacher=str(Path(path).resolve()))
+    return net.to(run.device).eval().requires_grad_(False), None if data.latent else Path(path), changes
 
 
 # ---- pictures with captions ----------------------------------------------------------------------
@@ -317,8 +206,8 @@ def captions(folder, files):
     for names, what in (([f for f in files if not found.get(f)], "without a caption"),
                         (sorted(found.keys() - set(files)), "with a caption, but no picture")):
         if names:
-            raise BadInput(printable(f"{folder}: {', '.join(names[:3])}{', ..' * (len(names) > 3)}, {len(names):,} {what}; "
-                                     "captions stand in metadata.jsonl, or in a.txt beside a.jpg"))
+            raise BadInput(printable(f"{folder}: {', '.join(names[:3])}{', ..' * (len(names) > 3)}, {len(names):,} "
+                                     f"{what}; captions stand in metadata.jsonl, or in a.txt beside a.jpg"))
     return [found[f] for f in files]
 
 

@@ -40,12 +40,13 @@ def backbone(args, data, teacher=None, **more):
     noise level: that loss contains the derivative with respect to it. BadInput where flags and images do not fit."""
     _, channels, size, _ = data.images.shape
     pipeline = teacher is not None and isinstance(teacher.model, SD)
-    if data.latent or pipeline:
-        wrong = {k: getattr(args, k, 0) for k in ("shard", "compile", *(("flip", "fid") if data.latent else ()))}
-        for k in filter(wrong.get, wrong):
-            raise BadInput(f"--{k} is not for {data.name if data.latent else 'the network of a pipeline'}; leave it out")
-        if not pipeline or data.latent and not args.cond:
-            raise BadInput(f"{data.name} holds latents with captions; train on them with --cond, from their pipeline")
+    wrong = [("shard", pipeline), ("compile", pipeline), ("flip", data.latent), ("fid", data.latent)]
+    for k, here in wrong:
+        if here and getattr(args, k):
+            raise BadInput(f"--{k} is not for {'latents' if data.latent else 'networks of diffusers'}; leave it out")
+    if data.latent and not (pipeline and args.cond):
+        raise BadInput(f"{data.name} holds latents with captions; train on them with --cond, from their pipeline")
+    if pipeline:
         return teacher.model.student(args)
     if teacher is not None:
         kwargs = dict(teacher.model.kwargs, dropout=args.dropout, augment_dim=0)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import edit, fid, folder, latent, teacher
+from common import edit, fid, folder, latent, pipeline, teacher
 from common.data import load
 from common.evaluate import FD_IMAGES, chosen, picture
 from common.fid import fd_pixels, noise_of, quantise
@@ -187,10 +187,8 @@ def main(argv=None):
     device = device_of(a.device)
     method, args, net = load_run(a.run, device, a.pipeline)
     args, text = settle(a, method, args), getattr(net.model, "text", None) is not None
-    if not text and (a.prompts or a.pipeline):
-        raise BadInput("--prompts and --pipeline are for runs on latents with captions; leave them out")
-    if text and (a.edit or a.find_ts):
-        raise BadInput("--edit and --find-ts are not for text to image; leave them out")
+    if text and (a.edit or a.find_ts) or not text and (a.prompts or a.pipeline):
+        raise BadInput("--prompts and --pipeline are for text to image, --edit and --find-ts are not; leave them out")
     if a.prompts:
         net.model.say(latent.lines(a.prompts))
     size, channels, classes = (net.model.kwargs[k] for k in ("size", "channels", "classes"))
@@ -206,8 +204,8 @@ def main(argv=None):
     if classes and out.suffix.lower() != ".png" and not (a.edit or a.find_ts or text):
         own = as_frequent(folder_of(a.run), n)                    # an FID of these images compares them with the data
     labels = labels_of(a, classes, own)
-    cols = n if a.edit in EDITS else max(2, min(n, 8)) if a.edit else 0 if labels is None else min(len(labels), n)
-    cols = min(cols, 8) if text else cols
+    cols = 0 if labels is None else min(len(labels), 8) if text else len(labels)
+    cols = n if a.edit in EDITS else max(2, min(n, 8)) if a.edit else cols
     if labels is not None:                                        # interpolate: one for each row
         labels = labels[torch.arange(n) // (cols if a.edit == "interpolate" else 1) % len(labels)]
     k = len(ts) if ts else 1 if method is teacher else args.steps  # the diffusion sampler draws noise once
@@ -233,7 +231,7 @@ def main(argv=None):
         else:
             z = noise(i, k)
         x = edit.multistep(net, z, y, ts) if ts else method.sample(net, z, y, args)
-        return quantise(latent.decode(net.model.kwargs["pipeline"], x, device) if text else x)
+        return quantise(pipeline.decode(net.model.kwargs["pipeline"], x, device) if text else x)
 
     if a.find_ts:
         name, score = "FD (pixels)", partial(fd_pixels, real)

@@ -25,8 +25,9 @@ from common import evaluate, folder, released
 from common.augment import augment
 from common.data import load as load_data
 from common.flags import BadInput, config_of, from_presets, parse, say, typed
-from common.latent import SD, identity, is_pipeline
+from common.latent import from_pipeline
 from common.networks import backbone
+from common.pipeline import is_pipeline
 from common.precond import EDM, TrigFlow
 from common.released import load
 from common.run import Run
@@ -234,22 +235,6 @@ def get(args, data, run, needed=False):
     if hasattr(args, "flow"):
         changes["flow"] = getattr(net, "raw", "edm")      # the one that its raw network was made for
     return net, path if diffuses else None, changes
-
-
-def from_pipeline(args, data, run):
-    """As `get`, of a pipeline of diffusers: the one that --teacher names, or that of the latents."""
-    path = data.latent["pipeline"] if args.teacher == "auto" else args.teacher
-    if hasattr(args, "flow"):
-        raise BadInput(f"{path} is a pipeline, whose network has no useful derivative in time; take a method without --flow")
-    known = data.latent.get("sha256") or args.resume and config_of(args.resume)["about"].get("teacher_sha256")
-    known, (_, channels, size, _) = known or identity(path), data.images.shape
-    net = EDM(SD(path, known, data.names if data.latent else (), size, channels, args.sd), args.sd)
-    run.about |= dict(teacher_sha256=known, network=f"of {Path(path).name}" + f", LoRA {args.lora}" * (args.lora > 0))
-    say(f"teacher: {path}")
-    if data.latent:                                       # for pictures
-        data.latent["pipeline"] = path
-    changes = dict(teacher=str(Path(path).resolve()))
-    return net.to(run.device).eval().requires_grad_(False), None if data.latent else Path(path), changes
 
 
 def locate(args, data, run):

@@ -177,7 +177,7 @@ def from_pipeline(args, data, run):
     say(f"teacher: {path}")
     if data.latent:                                       # for pictures
         data.latent["pipeline"] = path
-    changes = dict(teacher=str(Path(path).resolve()))
+    changes = dict(teacher=str(Path(path).resolve()), dropout=0.0)
     return net.to(run.device).eval().requires_grad_(False), None if data.latent else Path(path), changes
 
 

@@ -53,17 +53,15 @@ def flags(argv=None):
     ap.add_argument("--prompts", help="text to image: a caption, or a file with one in each line [the data's]")
     ap.add_argument("--pipeline", default="", help="text to image: where the run's pipeline is now [where it was]")
     ap.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone [%(default)s]")
-    ap.add_argument("--batch", type=int, default=256, help="images at a time [%(default)s]")
+    ap.add_argument("--batch", type=int, help="images at a time [256; text to image: 8]")
     ap.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto", help="[%(default)s]")
     ap.add_argument("--data-dir", "--data_dir", help="where the run's data set is [as in the run]")
     ap.add_argument("--out", help="a .png, a .npz or a folder [grid.png]")
-    a = ap.parse_args(argv)
-    check(a)
-    return a
+    return check(ap.parse_args(argv))
 
 
 def check(a):
-    """Flags that contradict each other. Raises BadInput."""
+    """Return the flags, unless some contradict each other: BadInput."""
     def given(*names):
         return any(getattr(a, k) is not None for k in names)
     for flag, edits in FOR.items():
@@ -80,6 +78,7 @@ def check(a):
             given("ts") and given("steps", "t_mid", "sigma") or a.edit in EDITS and given("steps", "t_mid")}
     for message in filter(wrong.get, wrong):
         raise BadInput(message)
+    return a
 
 
 def levels(a, t_max, t_min):
@@ -215,7 +214,7 @@ def main(argv=None):
 
     def draw(make):
         """make(ids, labels) of all images, --batch at a time."""
-        batch = min(a.batch, max(1, fid.NOISE // (k * channels * size**2)))
+        batch = min(a.batch or (8 if text else 256), max(1, fid.NOISE // (k * channels * size**2)))
         batches = tqdm(torch.arange(n).split(batch), disable=n <= batch or a.find_ts)
         return torch.cat([make(i, None if labels is None else labels[i].to(device)).cpu() for i in batches])
 

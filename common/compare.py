@@ -109,7 +109,8 @@ def costs(runs):
         c, source = r.config, r.path / "source" / Path(*r.about["script"].split(".")).with_suffix(".py")
         speeds, memory = ([s[k] for s in r.log if k in s] for k in ("img_s", "mem_gb"))
         count = r.about.get("parameters")
-        yield [r.name, r.method, printable(f"{c['net']} {c['ch']} x {','.join(map(str, c['mult']))}"),
+        net = r.about.get("network") or f"{c['net']} {c['ch']} x {','.join(map(str, c['mult']))}"
+        yield [r.name, r.method, plain(net),
                f"{count / 1e6:.2f}" if type(count) is int and count < 2**53 else "", f"{r.steps:,}",
                f"{r.steps * c['batch'] / 1e6:.3g}", f"{r.log[-1]['sec'] / 60:.1f}" if r.log else "",
                f"{statistics.median(speeds):.0f}" if speeds else "", f"{max(memory):.2f}" if memory else "",

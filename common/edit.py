@@ -88,6 +88,8 @@ def read_images(name, size, channels, flag="--images"):
         raise BadInput(f"{flag} {printable(name[-200:])}: there is no such file or folder")
     data = load(path, size=0 if path.lower().endswith(".npz") else size)
     images = data.images
+    if data.latent:
+        raise BadInput(f"{flag} {printable(name)} holds latents; name pictures")
     if images.shape[-1] != size:
         raise BadInput(f"{flag} {printable(name)} has images of {images.shape[-1]} pixels a side, this run {size}; "
                        "resize them, or give a folder of pictures, which are resized here")

@@ -218,6 +218,8 @@ def main(argv=None):
     if a.size is not None and not 0 < a.size < 2**12:
         raise BadInput(f"--size {a.size} must be at least 1 and below {2**12}")
     fake, real = (load(name, a.data_dir, a.size, device_of(a.device)) for name in (a.images, a.reference))
+    if fake.latent or real.latent:
+        raise BadInput("latents are no images: draw some of a run with python -m common.sample RUN --out images.npz")
     side, other = fake.images.shape[-1], real.images.shape[-1]
     if side != other:                                     # a blurred set is another set
         raise BadInput(f"{a.images} has images of {side} pixels a side, {a.reference} of {other}; --size N crops and "

@@ -479,6 +479,14 @@ def test_a_file_of_latents_that_is_damaged(npz, tmp_path, change, capsys):
     assert e.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_latents_are_no_pictures(npz, capsys):
+    from common import edit, fid
+    for call in (lambda: fid.main([str(npz), str(npz)]), lambda: edit.read_images(str(npz), 16, 4)):
+        with pytest.raises(SystemExit) as e:
+            call()
+        assert e.value.code == 2 and "latents" in capsys.readouterr().err
+
+
 def test_captions_are_part_of_the_data(npz, tmp_path):
     """Other captions, or another place of the pipeline: the SHA-256 follows the former alone."""
     data = load(str(npz))

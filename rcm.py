@@ -18,16 +18,15 @@ After the first H steps also, for images x that the student makes of noise in N 
     q       =  (f_fake - f_T) / W,   W = mean|x - f_T|     # at (x_t, t); f of fake and teacher
     loss    += lambda_dmd * |(x - (x - sd*q))/sd|^2        # gradient through x's last step alone
 
-All other steps train fake, with x, x_t and t made in the same way
+All other steps train fake, without dropout, with x, x_t and t made in the same way
     loss    =  |F_fake(x_t, t) - (cos(t)*z - sin(t)*x)/sd|^2
 
 Deviations from the paper
     The paper distils large models of text to image and of video: the presets here are ours.
     Its sd is 1; here g, q and c are in units of sd, and D_mean = ln(sd) makes ln(tan t) the paper's
-    N(0, 1.6^2). The student's images begin at sigma_max = 80, tan t = 160 for sd .5, as they do in
-    sampling, and not at pi/2: EDM's embedding of ln(sigma) has no such time.
+    N(0, 1.6^2). The student's images begin at sigma_max = 80, as they do in sampling, and not at
+    pi/2: EDM's embedding of ln(sigma) has no such time. Warm-up counts the steps of both networks.
     Weights are the code's 100 and 1, not 1 and 0.01. N is random as in the paper; the code cycles.
-    Warm-up counts the steps of both networks. Fake trains without dropout.
     A loss or gradient that is not finite stops the run; the authors' code sets it to zero.
 
 Read next: scm.py, the first part alone. What changes: diff scm.py rcm.py
@@ -169,10 +168,9 @@ def dmd_loss(net, fake, teacher, z_roll, z, y, args):
 
 def loss_fn(net, fake, teacher, x0, y, it, args, reseed):
     """Of the student. x0 [B,C,H,W] in [-1, 1], y int64 [B] or None -> scalar loss, stats: t as
-    noise level [B,1,1,1], loss [B]. Networks have F(x, t, y), as in common/precond.py, TrigFlow;
-    around them all is float64. reseed() resets the generator: scm_loss drops the same units twice.
-    Reads args.sd, H, lambda_dmd, loss_scale, P_mean, P_std, jvp, guidance, c, N_max, rollout,
-    D_mean, D_std, sigma_max, t_mid."""
+    noise level [B,1,1,1], loss [B]. Networks have TrigFlow's F(x, t, y), float64 all around it.
+    reseed() resets the generator: one dropout mask in scm_loss. Reads args.sd, H, lambda_dmd,
+    loss_scale, P_mean, P_std, jvp, guidance, c, N_max, rollout, D_mean, D_std, sigma_max, t_mid."""
     x0 = x0.to(torch.float32 if x0.is_mps else torch.float64)
     N = rounds(it, args) if args.lambda_dmd and it >= args.H else 0
     z_scm, z_dmd = args.sd * torch.randn_like(x0), args.sd * torch.randn_like(x0)

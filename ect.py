@@ -113,6 +113,8 @@ class Args:
     bf16: bool = False                # bfloat16 activations; weights and loss stay float32
     tf32: bool = True                 # TensorFloat-32 products on CUDA: 10 bits of 23, and faster
     compile: bool = False             # torch.compile the network
+    checkpoint_acts: bool = False     # recompute activations in the backward pass, to save memory
+    lora: int = 0                     # rank of a pipeline's LoRA adapters; 0: train all (>= 0)
     shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
     steps: int = 2                    # sampling steps (>= 1, <= 1000)
     grid: int = 64                    # images in a sample grid (>= 1, <= 10000)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common import fid, folder
 from common.fid import chosen
-from common.flags import MAY_CHANGE, ROOT, BadInput, config_of, known, say
+from common.flags import ADDED, MAY_CHANGE, ROOT, BadInput, config_of, known, say
 
 FD_IMAGES = 2048                  # images, real and generated, of fd_pixels; fewer if the data set has fewer
 REFERENCE = ROOT / "common/reference.json"        # loss and figures of the presets: tests.bench.reference
@@ -166,7 +166,8 @@ def cut_logs(run, it):
 
 def recipe(config):
     """What two runs have in common that differ by their seed alone, of their config.json."""
-    flags = {k: v for k, v in config.items() if k not in FREE} | dict(pretrained=config.get("teacher") != "none")
+    flags = {k: v for k, v in config.items() if k not in FREE and (k, v) not in ADDED.items()}    # as in older runs
+    flags |= dict(pretrained=config.get("teacher") != "none")
     return json.dumps([config["about"]["script"], config["about"]["data_sha256"], flags], sort_keys=True)
 
 

@@ -24,8 +24,8 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 # What --resume may change: how a run is watched, stored and sampled, and where the data and the teacher are, whose
 # SHA-256 is compared. All other flags define its result.
 MAY_CHANGE = {"iters", "steps", "t_mid", "grid", "log_every", "save_every", "keep", "max_skips", "fid", "fid_every",
-              "shard", "device", "dataset", "data_dir", "teacher", "out", "resume"}
-ADDED = dict(tf32=True)           # flags of all scripts that older runs did not have, with what those did
+              "checkpoint_acts", "shard", "device", "dataset", "data_dir", "teacher", "out", "resume"}
+ADDED = dict(tf32=True, checkpoint_acts=False, lora=0)    # flags that older runs of all scripts lack: what those did
 LARGEST = 10**12                  # of all whole numbers: no count of steps or images is higher
 # The cost that a preset states holds only while these flags keep the preset's values.
 COSTLY = ("iters", "batch", "net", "ch", "mult", "blocks", "attn", "size", "teacher", "teacher_iters", "fid")

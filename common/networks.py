@@ -1,7 +1,9 @@
 """From the flags, or from a checkpoint's description, to a network."""
 import math
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from common.augment import LABELS
 from common.dit import DiT
@@ -23,6 +25,12 @@ def build(spec, dtype=torch.float32):
     if spec["flow"] == "trig":
         return TrigFlow(model, sd, spec["raw"], dtype)
     return EDM(model, sd, t_min, dtype)
+
+
+def recompute(forward, *args):
+    """A block's forward(*args), of which the inputs alone are kept for the backward pass. That calls it once more, with
+    the same dropout. Where no gradient is asked for, as in sampling and in a derivative, a plain call."""
+    return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
 
 
 def backbone(args, data, teacher=None, **more):
@@ -49,4 +57,7 @@ def backbone(args, data, teacher=None, **more):
         weights = teacher.model.state_dict()
         weights.pop("map_augment.weight", None)           # only the teacher sees augmented images
         model.load_state_dict(weights)
+    for block in model.modules() if args.checkpoint_acts else ():
+        if type(block).__name__.endswith("Block"):
+            block.forward = partial(recompute, block.forward)     # which deepcopy binds to the copy
     return model

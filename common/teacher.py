@@ -105,6 +105,7 @@ class Args:
     bf16: bool = False                # bfloat16 activations; weights and loss stay float32
     tf32: bool = True                 # TensorFloat-32 products on CUDA: 10 bits of 23, and faster
     compile: bool = False             # torch.compile the network
+    checkpoint_acts: bool = False     # recompute activations in the backward pass, to save memory
     shard: bool = False               # split weights and optimiser over the ranks (FSDP2)
     steps: int = 18                   # Heun steps of the sampler, 2 * steps - 1 calls (>= 1, <= 1000)
     grid: int = 64                    # images in a sample grid (>= 1, <= 10000)
@@ -187,7 +188,7 @@ def main(args):
 
 # ==== 5. Which teacher a run gets =================================================================
 SAME = ("dataset", "data_dir", "out", "device", "seed", "cond", "size", "flow", "net", "ch", "mult", "blocks", "attn",
-        "accum", "bf16", "tf32", "compile", "shard", "grid", "fid", "sd")   # flags that a method hands to its teacher
+        "accum", "bf16", "tf32", "compile", "checkpoint_acts", "shard", "grid", "fid", "sd")  # a method hands these on
 MATCH = ("cond", "flow", "net", "ch", "mult", "blocks", "attn", "sd")  # what a teacher found under --out must share
 RECIPE = ("lr", "ema", "dropout", "flip", "augment", "label_dropout", "P_mean", "P_std")      # what it had better share
 SECONDS = 5.0                                             # between two looks at a folder that another job has
@@ -197,6 +198,8 @@ def get(args, data, run, needed=False):
     """The network that --teacher names, trained first if missing; its path, for `show`, if it is a diffusion model;
     changes to args: its path and architecture. (None, None, {}) with `--teacher none`, and for a resumed run that does
     not need it. needed: the loss uses the teacher too, not only the start. Raises BadInput."""
+    if args.lora:
+        raise BadInput("--lora is for a pipeline, and this teacher is none; leave it out")
     if args.teacher == "none" and needed:
         raise BadInput("--teacher none: there is nothing to distil; name a teacher, or leave the flag out")
     if args.resume and typed(run.asked, "teacher") and (not needed or args.teacher in ("auto", "train")):

@@ -170,9 +170,8 @@ def cut_logs(run, it):
 
 
 def recipe(config):
-    """What two runs have in common that differ by their seed alone, of their config.json. A flag at the value that it
-    has in runs older than itself is left out: it must not set new runs apart from those."""
-    flags = {k: v for k, v in config.items() if k not in FREE and (k, v) not in ADDED.items()}
+    """What two runs have in common that differ by their seed alone, of their config.json."""
+    flags = {k: v for k, v in config.items() if k not in FREE and (k, v) not in ADDED.items()}    # as in older runs
     flags |= dict(pretrained=config.get("teacher") != "none")
     return json.dumps([config["about"]["script"], config["about"]["data_sha256"], flags], sort_keys=True)
 

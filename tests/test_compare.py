@@ -290,6 +290,14 @@ def test_other_flags_have_no_reference(known):
                              log_every=dict(log_every=1), teacher=dict(teacher="none")).items():
         run_folder(known / name, **change)
         assert verdict(known / name) == ""
+
+
+def test_a_new_flag_that_is_off_keeps_the_reference(known):
+    """A reference.json to be made anew with each flag; or one for runs that the flag sets apart."""
+    for name, change, has in (("off", dict(tf32=True, checkpoint_acts=False, lora=0), True), ("lora", dict(lora=4), False),
+                              ("same", dict(tf32=False, checkpoint_acts=True), True)):
+        run_folder(known / name, **change)
+        assert bool(verdict(known / name)) is has, name
     run_folder(known / "seed", 1.0, 1, out="elsewhere", grid=4)
     assert verdict(known / "seed").startswith("on track")
     run_folder(known / "n", 1.0, n=10)

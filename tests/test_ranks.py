@@ -83,6 +83,7 @@ def work(out):
     for kind, argv in (("plain", []), ("shard", ["--shard"])):
         saw[f"{kind} derivative"] = derivative(data, out, *argv)
         saw[f"{kind} turns"] = turns(data, out, kind, *argv)
+    saw["recomputed derivative"] = derivative(data, out, "--shard", "--checkpoint-acts")
     torch.save(saw, out / f"{rank}.pt")
 
 
@@ -340,6 +341,13 @@ def test_a_derivative_passes_through_sharded_weights(both):
         assert torch.allclose(loss, loss_s, rtol=1e-5) and torch.allclose(tangent, tangent_s, rtol=1e-5)
         assert all((grads[k] - grads_s[k]).norm() <= 1e-4 * grads[k].norm() for k in grads)
         assert grads["head.weight"].any() and grads["model.map_layer0.weight"].any()
+
+
+def test_recomputed_blocks_of_sharded_weights_give_the_same_gradients(both):
+    """--checkpoint-acts with --shard: blocks that are computed again with a half of their weights, or not shared out."""
+    for saw in both:
+        (loss, _, grads), (loss_c, _, grads_c) = saw["shard derivative"], saw["recomputed derivative"]
+        assert torch.equal(loss, loss_c) and equal(grads, grads_c)
 
 
 def test_two_networks_take_turns_on_two_ranks(both, out):

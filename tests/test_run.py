@@ -263,7 +263,7 @@ def refuses(capsys, tmp_path, monkeypatch):
         ("--log-every", "0"), ("--save-every", "-1"), ("--warmup", "-1"), ("--dropout", "1", "-0.1"),
         ("--lr", "0", "nan", "inf"), ("--ema", "1"), ("--ch", "3", "66"), ("--mult", "", "1,0"),
         ("--blocks", "0")) for value in values), (["--batch", "7", "--accum", "2"], "--accum"),
-    (["--t-mid", "80"], "--t-mid"), (["--shard"], "torchrun"), (["--preset", "small"], "one preset"),
+    (["--t-mid", "80"], "--t-mid"), (["--shard"], "torchrun"), (["--preset", "small"], "one preset"), (["--lora", "4"], "pipeline"),
     (["--fid-every", "5"], "--fid-every needs --fid"), (["--size", "16"], "8 pixels"), (["--mult", "1,1,1,1,1"], "--mult"), (["--teacher", "absent"], "absent"),
     (["--dataset", "absent/folder"], "absent/folder")])
 def test_bad_flags_are_refused(argv, hint, refuses, tmp_path):
@@ -1055,10 +1055,11 @@ def test_noise_of_an_image_is_its_own():
 
 
 def test_the_teacher_computes_as_its_method_does(train):
-    """--no-tf32 or --bf16 for the student alone."""
-    _, run = train("ect", "--teacher", "train", "--teacher-iters", "1", "--iters", "1", "--no-tf32", "--bf16")
+    """--no-tf32, --bf16 or --checkpoint-acts for the student alone."""
+    _, run = train("ect", "--teacher", "train", "--teacher-iters", "1", "--iters", "1", "--no-tf32", "--bf16",
+                   "--checkpoint-acts")
     its = json.loads((run.parent / "teacher-digits-000/config.json").read_text())
-    assert its["tf32"] is False and its["bf16"] is True
+    assert its["tf32"] is False and its["bf16"] is True and its["checkpoint_acts"] is True
 
 
 @pytest.mark.parametrize("script, warns", [("ect", True), ("ict", True), ("ct", False), ("scm", False)])

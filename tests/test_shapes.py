@@ -147,7 +147,8 @@ def test_the_parts_load(made):
     index = json.loads((home / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline" and index["vae"][1] == "Patches"
     assert {"vocab.json", "merges.txt"} <= {p.name for p in (home / "tokenizer").iterdir()}
-    unet, text = (c.from_pretrained(home / n) for c, n in ((UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder")))
+    unet = UNet2DConditionModel.from_pretrained(home / "unet")
+    text = CLIPTextModel.from_pretrained(home / "text_encoder")
     words = CLIPTokenizer.from_pretrained(home / "tokenizer")
     hidden = text(words(PROMPTS[:2], padding="max_length", return_tensors="pt").input_ids)[0]
     assert unet(torch.randn(2, 12, 8, 8), 5, hidden).sample.shape == (2, 12, 8, 8)

@@ -2,6 +2,7 @@
 import builtins
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,7 +156,7 @@ def test_the_parts_load(made):
     assert 2.5e6 < sum(p.numel() for p in unet.parameters()) < 3.1e6
     config = DDIMScheduler.from_pretrained(home / "scheduler").config
     assert (config.beta_schedule, config.beta_start, config.beta_end) == ("scaled_linear", .00085, .012)
-    assert (config.prediction_type, config.clip_sample, config.set_alpha_to_one) == ("epsilon", False, False)
+    assert (config.prediction_type, config.clip_sample, config.set_alpha_to_one) == (shapes.PREDICTION, False, False)
     assert Patches.from_pretrained(home / "vae").basis.shape == (12, 48)
     pipe = StableDiffusionPipeline.from_pretrained(home, vae=None, safety_checker=None)
     assert DRAW(pipe, PROMPTS[:3], 0, steps=2).shape == (3, 12, 8, 8)
@@ -180,6 +181,50 @@ def test_training_moves_the_average(made):
     from safetensors.torch import load_file
     weights = load_file(made / "pipeline/unet/diffusion_pytorch_model.safetensors")
     assert all(v.abs().max() > 0 for k, v in weights.items() if k.endswith("conv_out.bias"))
+
+
+class Text(torch.nn.Module):
+    """token ids [B,1] -> ([B,1],), the ids as numbers; notes what it is asked."""
+    asked = []
+
+    def forward(self, tokens):
+        Text.asked += tokens.flatten().tolist()
+        return (tokens.float(),)
+
+
+class Exact(torch.nn.Module):
+    """What there is to learn where all latents of the caption with id k are k / 20: v, or eps, without an error."""
+    def __init__(self, schedule):
+        super().__init__()
+        self.one, self.levels = torch.nn.Parameter(torch.ones(())), schedule.alphas_cumprod
+
+    def forward(self, x, t, hidden):
+        a, s = self.levels[t].sqrt()[:, None, None, None], (1 - self.levels[t]).sqrt()[:, None, None, None]
+        z = hidden[..., None, None] / 20
+        eps = (x - a * z) / s
+        out = eps if shapes.PREDICTION == "epsilon" else a * eps - s * z
+        return SimpleNamespace(sample=self.one * out)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+def test_the_loss_is_zero_where_the_network_is_exact(prediction, monkeypatch, capsys):
+    """A sign, eps for v, another caption's tokens, captions dropped where none should be, or not at all."""
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.setattr(shapes, "PREDICTION", prediction)
+    schedule = diffusers.DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
+    ids = torch.arange(len(PROMPTS) + 1)[:, None]         # the last is the empty prompt's
+    pipe = SimpleNamespace(unet=Exact(schedule), text_encoder=Text(), scheduler=schedule,
+                           tokenizer=lambda captions, **_: SimpleNamespace(input_ids=ids[:len(captions)]))
+    labels = torch.arange(200) % len(PROMPTS)
+    latents = (labels / 20.)[:, None, None, None].expand(-1, 12, 8, 8)
+    args = SimpleNamespace(iters=3, batch=500, lr=1e-6)
+    Text.asked.clear()
+    shapes.train(pipe, latents, labels, args, lambda n: None)
+    assert "loss 0.0000" not in capsys.readouterr().out   # of the empty prompts nothing can be exact
+    assert .06 < Text.asked.count(len(PROMPTS)) / 1500 < .14
+    monkeypatch.setattr(torch, "rand", lambda shape, device: torch.ones(shape))
+    shapes.train(pipe, latents, labels, args, lambda n: None)
+    assert capsys.readouterr().out.count("loss 0.0000") == 3
 
 
 def test_an_exception_leaves_nothing(tmp_path, monkeypatch, made):

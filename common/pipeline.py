@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from common.flags import BadInput, brief, printable
 
@@ -41,7 +42,7 @@ def part(pipeline, name):
         module.utils.logging.disable_progress_bar()
         kind = known[0] if name == "tokenizer" else config(path / "config.json").get("_class_name", known[0])
         if kind == "Patches":
-            return Patches(path)
+            return Patches.from_pretrained(path)
         if kind not in known:
             raise ValueError(f"it is a {kind}")
         found = getattr(module, kind).from_pretrained(str(path), local_files_only=True)
@@ -95,14 +96,35 @@ def log_sigmas(pipeline):
 
 # ---- pictures and latents ------------------------------------------------------------------------
 class Patches(nn.Module):
-    """A linear code of patches in place of a VAE, from a folder like one: of `common.shapes`."""
-    def __init__(self, folder):
+    """A linear code in place of a VAE: of each patch of 4x4 pixels the 12 principal components, with variance 1.
+    mean [48]; basis [12, 48]: orthogonal rows, whose norms are 1 / standard deviation."""
+    def __init__(self, mean, basis, patch=4):
         super().__init__()
+        self.patch = patch
+        self.register_buffer("mean", mean)
+        self.register_buffer("basis", basis)
+
+    def encode(self, images):                             # [B,3,H,W] in [-1, 1] -> latents [B,12,H/4,W/4]
+        x = F.pixel_unshuffle(images, self.patch) - self.mean[:, None, None]
+        return torch.einsum("zp,bphw->bzhw", self.basis, x)
+
+    def decode(self, latents):                            # and back; what the components left out is lost
+        inverse = self.basis / self.basis.square().sum(1, keepdim=True)
+        x = torch.einsum("zp,bzhw->bphw", inverse, latents) + self.mean[:, None, None]
+        return F.pixel_shuffle(x, self.patch)
+
+    @classmethod
+    def from_pretrained(cls, folder):
         from safetensors.torch import load_file
-        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-        channels, _, k, _ = weights["encode.weight"].shape
-        self.encode, self.decode = nn.Conv2d(3, channels, k, k), nn.ConvTranspose2d(channels, 3, k, k)
-        self.load_state_dict(weights)
+        config = json.loads((Path(folder) / "config.json").read_text())
+        return cls(**load_file(Path(folder) / "diffusion_pytorch_model.safetensors"), patch=config["patch"])
+
+    def save_pretrained(self, folder):
+        from safetensors.torch import save_file
+        Path(folder).mkdir()
+        shape = dict(patch=self.patch, latent_channels=len(self.basis))
+        (Path(folder) / "config.json").write_text(json.dumps(dict(_class_name="Patches") | shape, indent=1))
+        save_file(self.state_dict(), Path(folder) / "diffusion_pytorch_model.safetensors", dict(format="pt"))
 
 
 @lru_cache(maxsize=1)

@@ -132,7 +132,8 @@ def train(pipe, latents, labels, a, report):
     unet, text = net = deepcopy(ema).train().requires_grad_()
     ema.eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), lr=a.lr, fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, a.lr, a.iters, pct_start=.05, cycle_momentum=False)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda it: min(1, (it + 1) / 100) * (1 + math.cos(math.pi * it / a.iters)) / 2)
     bar, mean = trange(1, a.iters + 1, desc="shapes", mininterval=2), 1.0
     for it in bar:
         i, t = torch.randint(len(labels), (a.batch,)), torch.randint(1000, (a.batch,), device=labels.device)

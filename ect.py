@@ -84,7 +84,7 @@ def sample(net, noise, y, args):
     x = torch.zeros_like(noise[0])
     for t, z in zip(ts, noise):                           # K = 1: t_max;  K = 2: t_max, t_mid
         x = net(x + t * z, t.expand(len(z), 1, 1, 1), y)
-    return x
+    return x                                              # show images clamped to [-1, 1]
 
 
 # ==== 4. Arguments ================================================================================

@@ -126,7 +126,7 @@ def test_a_teacher_in_training_is_waited_for_and_taken_over_if_its_job_dies(trai
     """A student of half a teacher; a second teacher; a wait for ever; others held up who want another one."""
     teacher = tmp_path / "runs/teacher-digits-000"
     with monkeypatch.context() as m:
-        slow_teacher(m, 1.0)
+        slow_teacher(m, 3.0)
         first = job(train, "common.teacher", "--save-every", "1")
     until((teacher / "ckpt.pt").exists)
     waits = tmp_path / "waits"

@@ -66,5 +66,5 @@ for it in range(400):
     opt.step()
     if it % 100 == 0:
         print(it, f"{loss.item():.3f}")
-images = sample(net, torch.randn(2, 14, 1, 8, 8), label, args)     # in two steps
+images = sample(net, torch.randn(2, 14, 1, 8, 8), label, args).clamp(-1, 1)     # in two steps
 print("pixels off", (images[:, None] - data).abs().flatten(2).mean(2).min(1).values.mean())

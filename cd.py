@@ -184,7 +184,7 @@ class Args:
     t_mid: float = 0.585              # noise level of the second sampling step (> t_min, < t_max)
     t_max: float = 80.0               # highest noise level, and that of the first step
     t_min: float = 0.002              # lowest noise level: f(x, t_min) = x (> 0)
-    rho: float = 7.0                  # grid exponent; higher: more low levels; 0: see karras (>= 0)
+    rho: float = 7.0                  # grid exponent; 0: even in Stable Diffusion's time (>= 0)
     sd: float = 0.5                   # standard deviation of the data, sigma_data (> 0)
 
 
